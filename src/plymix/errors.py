@@ -1,0 +1,59 @@
+"""The errors plymix raises.
+
+A message says what was asked, what was found, what was expected and what to do, in one or two
+lines. `Refusal` means "this cannot be asked" (command line exit code 2) and is raised before the
+first tensor is read; `Failure` means "it was asked rightly and went wrong" (exit code 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class PlymixError(Exception):
+    """Base of every error that plymix raises on purpose."""
+
+    exit_code = 1
+
+
+class Refusal(PlymixError):
+    """The request or its inputs cannot be right; nothing was read or written."""
+
+    exit_code = 2
+
+
+class FormatError(Refusal):
+    """A file is not what its format allows: damaged, hostile, or of an unknown kind."""
+
+
+class Failure(PlymixError):
+    """The work was rightly asked for and went wrong: disk full, file gone, and so on."""
+
+
+class Cancelled(Failure):
+    """The user or a progress callback stopped the work."""
+
+    exit_code = 130
+
+
+def unknown(what: str, name: str, known: Iterable[str], *, help: str = "") -> Refusal:
+    """A `Refusal` for a name that does not exist, with the nearest known names."""
+    names = sorted(known)
+    folded = {n.casefold(): n for n in names}
+    near = [folded[n] for n in get_close_matches(name.casefold(), folded, n=3, cutoff=0.5)]
+    if near:
+        hint = "did you mean " + " or ".join(near) + "?"
+    elif len(names) <= 12:
+        hint = "known: " + ", ".join(names)
+    else:
+        hint = f"{len(names)} are known"
+    return Refusal(f"unknown {what} {name!r}: {hint}{'; ' + help if help else ''}")
+
+
+def listed(names: Iterable[str], limit: int = 10) -> str:
+    """The first `limit` names and how many more there are: 'a, b, ... and 3 more'."""
+    all_names = list(names)
+    shown = ", ".join(all_names[:limit])
+    rest = len(all_names) - limit
+    return f"{shown} and {rest} more" if rest > 0 else shown

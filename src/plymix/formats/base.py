@@ -1,0 +1,204 @@
+"""What every file format gives and takes.
+
+Reading: a `Source` is an open model; each of its tensors is a `TensorInfo`: (file, offset, dtype,
+shape). Sources hand out byte ranges, never arrays, so that the engine decides what is in memory.
+
+Writing: `layout()` of a format says, before any data exists, where each tensor's bytes go in the
+finished file and what else the file holds. The engine then writes tensors in any order.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from plymix.errors import FormatError, Refusal
+
+BITS: dict[str, int] = {
+    # safetensors names (https://github.com/huggingface/safetensors, format section), 0.8.0
+    "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8,
+    "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+    "C64": 64, "F64": 64, "I64": 64, "U64": 64,
+}  # fmt: skip
+"""Bits per element of every dtype a file may hold, by its safetensors name."""
+
+FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
+"""The dtypes plymix computes with; everything else is only ever copied."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor as it lies in a file.
+
+    `offset` is the absolute byte offset of its first element in `files[file]`. `strides` is in
+    elements and None for a row-major contiguous tensor (the usual case).
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    file: int = 0
+    strides: tuple[int, ...] | None = None
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the elements laid out contiguously."""
+        return (self.numel * BITS[self.dtype] + 7) // 8
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype in FLOATS
+
+
+@dataclass
+class Source:
+    """An open model: its tensors, its metadata, and positioned reads.
+
+    `notes` are sentences a user should see ("optimizer state ignored: 412 entries").
+    `root` says what the tensors were nested under in a pickle ("state_dict"), if anything.
+    """
+
+    path: Path
+    format: str
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    root: str = ""
+    handles: tuple["Handle", ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all files in bytes."""
+        return sum(h.size for h in self.handles)
+
+    def read_at(self, file: int, offset: int, out: Any) -> None:
+        """Fill the buffer `out` from `files[file]` at `offset`. Raises Failure at end of file."""
+        self.handles[file].read_at(offset, out)
+
+    def read(self, info: TensorInfo) -> bytearray:
+        """The whole tensor as contiguous row-major bytes (strided tensors are gathered)."""
+        if info.strides is None:
+            out = bytearray(info.nbytes)
+            self.read_at(info.file, info.offset, out)
+            return out
+        return _gather(self, info)
+
+    def close(self) -> None:
+        for handle in self.handles:
+            handle.close()
+
+    def __enter__(self) -> "Source":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _gather(source: Source, info: TensorInfo) -> bytearray:
+    import numpy as np
+
+    size = BITS[info.dtype] // 8
+    assert info.strides is not None
+    if info.numel == 0:
+        return bytearray()
+    last = sum((d - 1) * s for d, s in zip(info.shape, info.strides, strict=True))
+    stored = np.empty(last + 1, dtype=f"V{size}")
+    source.read_at(info.file, info.offset, stored.view(np.uint8))
+    view = np.lib.stride_tricks.as_strided(
+        stored, info.shape, [s * size for s in info.strides], writeable=False
+    )
+    return bytearray(np.ascontiguousarray(view).view(np.uint8).data)
+
+
+class Handle:
+    """An open file with thread-safe positioned reads.
+
+    `os.preadv` where the system has it; elsewhere (Windows) seek and readinto under a lock.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._file: BinaryIO = open(path, "rb", buffering=0)
+        except IsADirectoryError:
+            raise Refusal(f"{path.name} is a folder; name the model file in it") from None
+        except OSError as e:
+            raise Refusal(f"cannot read {path}: {e.strerror or e}") from None
+        self.path = path
+        self.stat = os.fstat(self._file.fileno())
+        self.size = self.stat.st_size
+        self._lock = threading.Lock()
+
+    @property
+    def fd(self) -> int:
+        return self._file.fileno()
+
+    def read_at(self, offset: int, out: Any) -> None:
+        view = memoryview(out).cast("B")
+        positioned = hasattr(os, "preadv")
+        while len(view):
+            if positioned:
+                n = os.preadv(self.fd, [view], offset)
+            else:
+                with self._lock:
+                    self._file.seek(offset)
+                    n = self._file.readinto(view)  # type: ignore[attr-defined]
+            if n <= 0:
+                raise FormatError(
+                    f"{self.path.name} ends at byte {offset}, {len(view)} bytes too soon:"
+                    " it is truncated or changed while it was read; fetch it again"
+                )
+            offset += n
+            view = view[n:]
+
+    def head(self, n: int, offset: int = 0) -> bytes:
+        """Up to `n` bytes at `offset`."""
+        out = bytearray(max(0, min(n, self.size - offset)))
+        self.read_at(offset, out)
+        return bytes(out)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a file to be written."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return (math.prod(self.shape) * BITS[self.dtype] + 7) // 8
+
+
+Piece = tuple[int, bytes]
+"""(absolute offset, bytes) of something in a file that is not tensor data."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where everything goes in a file that does not exist yet.
+
+    `pieces` are known now. `finish`, if there is one, is called once all tensor bytes are written,
+    with a function `read_at(offset, buffer)` over the written file, and gives the pieces that
+    depend on them (checksums). `slots` locates metadata values that are patched at the end: the
+    value's absolute offset, for values whose length is fixed beforehand (hashes).
+    """
+
+    offsets: Mapping[str, int]
+    size: int
+    pieces: Sequence[Piece]
+    finish: Callable[[Callable[[int, Any], None]], Iterable[Piece]] | None = None

@@ -1,0 +1,253 @@
+"""What a merge method declares about itself: its function's signature is the schema.
+
+    @method("elementwise")
+    def nearswap(a, b, *, t: Annotated[float, Range(low=0)] = 1e-4):
+        '''Swap in B where it is close to A
+
+        w = clamp(t / |A - B|, 0, 1);  R = w B + (1 - w) A
+        Source: mergekit `nearswap`.
+        '''
+
+* Positional arguments are the tensors of one key, one per model, in the recipe's order; their
+  names (`a`, `b`, `c`, `base`) are the fields a recipe uses. `*models` takes any number.
+* Keyword-only arguments are numbers, switches or choices that a recipe may set, with type, default
+  and range. Three names are given by the engine instead: `key` (str, the tensor's canonical key),
+  `rng` (callable: model index -> numpy Generator on the CPU, seeded by recipe seed, key and
+  model) and `state` (what the method's `prepare` returned).
+* The docstring's first line is the label shown everywhere; formula and source follow.
+* Arrays are float32 (numpy, or torch on a GPU) and must not be changed in place; the result has the
+  shape of the first argument.
+
+The decorator returns the function unchanged, so a test calls it as it reads.
+"""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+
+from plymix.errors import Refusal, unknown
+
+Kind = Literal["linear", "elementwise", "tensor", "cross", "group"]
+"""How a method may be run.
+
+linear       only `+`, `-` and products with numbers: folded with its neighbours at planning time
+elementwise  output element i depends on the input elements i alone: run in chunks of any size
+tensor       needs the whole tensor of one key (norms, quantiles, sorting, FFT, SVD, random masks)
+cross        as tensor, after a first pass over all keys (`prepare`)
+group        keys are solved together (`prepare`), then applied key by key
+"""
+
+GIVEN = ("key", "rng", "state")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bounds of a number, both inclusive; `None` is unbounded."""
+
+    low: float | None = None
+    high: float | None = None
+
+    def __str__(self) -> str:
+        low = "-inf" if self.low is None else f"{self.low:g}"
+        high = "inf" if self.high is None else f"{self.high:g}"
+        return f"{low}..{high}"
+
+    def holds(self, value: float) -> bool:
+        return (self.low is None or value >= self.low) and (
+            self.high is None or value <= self.high
+        )
+
+
+@dataclass(frozen=True)
+class Param:
+    """One setting of a method, read off its signature."""
+
+    name: str
+    type: type  # float, int, bool or str
+    default: Any  # inspect.Parameter.empty when required
+    range: Range = field(default_factory=Range)
+    choices: tuple[str, ...] = ()
+
+    @property
+    def required(self) -> bool:
+        return self.default is inspect.Parameter.empty
+
+    def check(self, value: object, where: str) -> Any:
+        """`value` in this parameter's type. Raises Refusal naming `where`."""
+        asked = f"{where}: {self.name} = {value!r}"
+        if self.choices:
+            if value not in self.choices:
+                raise unknown(f"value for {where}: {self.name}", str(value), self.choices)
+            return value
+        if self.type is bool:
+            if not isinstance(value, bool):
+                raise Refusal(f"{asked} is not true or false")
+            return value
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise Refusal(f"{asked} is not a number")
+        if value != value or value in (float("inf"), float("-inf")):
+            raise Refusal(f"{asked} is not a finite number")
+        if self.type is int and value != int(value):
+            raise Refusal(f"{asked} is not a whole number")
+        if not self.range.holds(value):
+            raise Refusal(f"{asked} is outside its range {self.range}")
+        return self.type(value)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered merge method: the function and what its signature says."""
+
+    name: str
+    kind: Kind
+    function: Callable[..., Any]
+    inputs: tuple[str, ...]  # names of the fixed positional arguments
+    optional: int  # how many of `inputs`, counted from the end, may be left out
+    variadic: str | None  # name of `*models`, or None
+    min_variadic: int
+    params: tuple[Param, ...]
+    given: frozenset[str]
+    prepare: Callable[..., Any] | None
+    delta: bool  # True: the result is a difference, not a model
+    label: str
+    doc: str
+
+    def param(self, name: str) -> Param:
+        for p in self.params:
+            if p.name == name:
+                return p
+        raise unknown(f"parameter of {self.name}", name, [p.name for p in self.params])
+
+    @property
+    def random(self) -> bool:
+        return "rng" in self.given
+
+
+_METHODS: dict[str, Method] = {}
+_FAMILIES = (
+    "linear",
+    "elementwise",
+    "angular",
+    "exchange",
+    "spectral",
+    "task",
+    "matrix",
+    "permutation",
+    "tuning",
+)
+
+
+def method(
+    kind: Kind,
+    *,
+    name: str | None = None,
+    prepare: Callable[..., Any] | None = None,
+    min_models: int = 1,
+    delta: bool = False,
+) -> Callable[[F], F]:
+    """Register a merge method. `prepare` is documented in `plymix.methods`.
+
+    `min_models` is the least number of `*models`. `delta` marks a method whose result is a
+    difference between models, to be added to one by a later step.
+    """
+
+    def register(function: F) -> F:
+        built = _read(function, kind, name or function.__name__, prepare, min_models, delta)
+        if built.name in _METHODS and _METHODS[built.name].function is not function:
+            raise ValueError(f"two merge methods are called {built.name!r}")
+        _METHODS[built.name] = built
+        return function
+
+    return register
+
+
+def _read(
+    function: Callable[..., Any],
+    kind: Kind,
+    name: str,
+    prepare: Callable[..., Any] | None,
+    min_models: int,
+    delta: bool,
+) -> Method:
+    hints = typing.get_type_hints(function, include_extras=True)
+    inputs: list[str] = []
+    optional = 0
+    variadic = None
+    params: list[Param] = []
+    given: set[str] = set()
+    for p in inspect.signature(function).parameters.values():
+        if p.kind is p.VAR_POSITIONAL:
+            variadic = p.name
+        elif p.kind is p.KEYWORD_ONLY:
+            if p.name in GIVEN:
+                given.add(p.name)
+            else:
+                params.append(_param(p.name, hints.get(p.name, float), p.default))
+        elif p.kind is p.VAR_KEYWORD:
+            raise ValueError(f"{name}: a merge method takes no **{p.name}")
+        else:
+            inputs.append(p.name)
+            optional += p.default is None
+    doc = inspect.getdoc(function) or ""
+    if not doc:
+        raise ValueError(f"{name}: a merge method needs a docstring; its first line is the label")
+    if kind in ("cross", "group") and prepare is None:
+        raise ValueError(f"{name}: a {kind} method needs prepare=")
+    return Method(
+        name=name,
+        kind=kind,
+        function=function,
+        inputs=tuple(inputs),
+        optional=optional,
+        variadic=variadic,
+        min_variadic=min_models,
+        params=tuple(params),
+        given=frozenset(given),
+        prepare=prepare,
+        delta=delta,
+        label=doc.splitlines()[0].strip(),
+        doc=doc,
+    )
+
+
+def _param(name: str, hint: Any, default: Any) -> Param:
+    bounds = Range()
+    if get_origin(hint) is Annotated:
+        hint, *extra = get_args(hint)
+        bounds = next((e for e in extra if isinstance(e, Range)), bounds)
+    if get_origin(hint) is Literal:
+        return Param(name, str, default, choices=tuple(get_args(hint)))
+    if hint not in (float, int, bool):
+        raise ValueError(f"parameter {name}: {hint!r} is not float, int, bool or Literal[str, ...]")
+    return Param(name, hint, default, bounds)
+
+
+def methods() -> Mapping[str, Method]:
+    """Every merge method by name: plymix's own, then those of installed packages.
+
+    Another package adds one with an entry point in the group `plymix.methods` that names a module
+    whose import registers it.
+    """
+    if "weighted_sum" not in _METHODS:
+        for family in _FAMILIES:
+            import_module(f"plymix.methods.{family}")
+        for point in entry_points(group="plymix.methods"):
+            point.load()
+    return dict(sorted(_METHODS.items()))
+
+
+def get_method(name: str) -> Method:
+    """The method called `name`. Raises Refusal with the nearest names."""
+    known = methods()
+    if name not in known:
+        raise unknown("merge method", name, known, help="plymix methods lists them")
+    return known[name]
+
+
