@@ -194,8 +194,10 @@ class Layout:
 
     `pieces` are known now. `finish`, if there is one, is called once all tensor bytes are written,
     with a function `read_at(offset, buffer)` over the written file, and gives the pieces that
-    depend on them (checksums). `slots` locates metadata values that are patched at the end: the
-    value's absolute offset, for values whose length is fixed beforehand (hashes).
+    depend on them (checksums).
+
+    Metadata values that become known late (hashes of the inputs) are written as place-holders of
+    their final length, which the engine replaces in `pieces` before it writes them.
     """
 
     offsets: Mapping[str, int]
