@@ -11,9 +11,11 @@
 * Positional arguments are the tensors of one key, one per model, in the recipe's order; their
   names (`a`, `b`, `c`, `base`) are the fields a recipe uses. `*models` takes any number.
 * Keyword-only arguments are numbers, switches or choices that a recipe may set, with type, default
-  and range. Three names are given by the engine instead: `key` (str, the tensor's canonical key),
-  `rng` (callable: model index -> numpy Generator on the CPU, seeded by recipe seed, key and
-  model) and `state` (what the method's `prepare` returned).
+  and range. `tuple[float, ...]` is one number per model, in their order (of `*models` where the
+  method has them, without `base`); the default `()` lets the method choose, usually all equal.
+  Three names are given by the engine instead: `key` (str, the tensor's canonical key), `rng`
+  (callable: model index -> numpy Generator on the CPU, seeded by recipe seed, key and model) and
+  `state` (what the method's `prepare` returned).
 * The docstring's first line is the label shown everywhere; formula and source follow.
 * Arrays are float32 (numpy, or torch on a GPU) and must not be changed in place; the result has the
   shape of the first argument.
@@ -26,7 +28,8 @@ from __future__ import annotations
 import inspect
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -70,7 +73,7 @@ class Param:
     """One setting of a method, read off its signature."""
 
     name: str
-    type: type  # float, int, bool or str
+    type: type  # float, int, bool, str, or tuple (one float per model)
     default: Any  # inspect.Parameter.empty when required
     range: Range = field(default_factory=Range)
     choices: tuple[str, ...] = ()
@@ -90,6 +93,11 @@ class Param:
             if not isinstance(value, bool):
                 raise Refusal(f"{asked} is not true or false")
             return value
+        if self.type is tuple:
+            if not isinstance(value, (list, tuple)):
+                raise Refusal(f"{asked} is not a list of numbers, one per model")
+            one = replace(self, type=float)
+            return tuple(one.check(v, where) for v in value)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise Refusal(f"{asked} is not a number")
         if value != value or value in (float("inf"), float("-inf")):
@@ -224,8 +232,13 @@ def _param(name: str, hint: Any, default: Any) -> Param:
         bounds = next((e for e in extra if isinstance(e, Range)), bounds)
     if get_origin(hint) is Literal:
         return Param(name, str, default, choices=tuple(get_args(hint)))
+    if hint == tuple[float, ...]:
+        return Param(name, tuple, default, bounds)
     if hint not in (float, int, bool):
-        raise ValueError(f"parameter {name}: {hint!r} is not float, int, bool or Literal[str, ...]")
+        raise ValueError(
+            f"parameter {name}: {hint!r} is not float, int, bool, tuple[float, ...] "
+            "or Literal[str, ...]"
+        )
     return Param(name, hint, default, bounds)
 
 
@@ -235,12 +248,16 @@ def methods() -> Mapping[str, Method]:
     Another package adds one with an entry point in the group `plymix.methods` that names a module
     whose import registers it.
     """
-    if "weighted_sum" not in _METHODS:
-        for family in _FAMILIES:
-            import_module(f"plymix.methods.{family}")
-        for point in entry_points(group="plymix.methods"):
-            point.load()
+    _load()
     return dict(sorted(_METHODS.items()))
+
+
+@cache
+def _load() -> None:
+    for family in _FAMILIES:
+        import_module(f"plymix.methods.{family}")
+    for point in entry_points(group="plymix.methods"):
+        point.load()
 
 
 def get_method(name: str) -> Method:
