@@ -1,0 +1,241 @@
+"""Small maths that the merge methods share, on arrays of any namespace.
+
+Reductions are summed in rows of 8192 float32 products and then in float64, so a norm of 40 million
+elements keeps seven digits and does not depend on how many threads the BLAS has. What a method
+does to each element after its reductions goes through `blockwise`, which keeps its temporaries in
+the processor's cache; on a GPU it is one call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from array_api_compat import array_namespace, device, is_numpy_array
+
+from plymix.errors import Refusal
+from plymix.methods import Array
+
+ROW = 8192
+"""Elements per float32 partial sum; small enough that no BLAS splits it among threads."""
+
+BLOCK = 1 << 16
+"""Elements per step of `blockwise` and `gram`: 256 KiB of float32, so a few fit in the cache."""
+
+
+def namespace(*arrays: Array | None) -> Any:
+    """The array API namespace of the arrays that are not None."""
+    return array_namespace(*(x for x in arrays if x is not None))
+
+
+def flatten(x: Array) -> Array:
+    """`x` in one dimension, row-major; a view where that is possible."""
+    return namespace(x).reshape(x, (-1,))
+
+
+def numel(x: Array) -> int:
+    """How many elements `x` has."""
+    return math.prod(x.shape)
+
+
+# -- element by element ---------------------------------------------------------------------------
+
+
+def blockwise(f: Callable[..., Array], *arrays: Array) -> Array:
+    """`f(*arrays)` for an `f` that works element by element, computed in cache-sized pieces.
+
+    The arrays have one shape, or have the same length or 1 along their first axis and broadcast
+    along the others. The result has the shape and dtype of the first.
+    """
+    first = arrays[0]
+    if all(x.shape == first.shape for x in arrays):
+        arrays = tuple(flatten(x) for x in arrays)
+    xp, n, size = namespace(first), arrays[0].shape[0], numel(first)
+    if size <= BLOCK or not is_numpy_array(first):
+        return xp.reshape(f(*arrays), first.shape)
+    step = max(1, BLOCK * n // size)
+    out = xp.empty_like(arrays[0])
+    for i in range(0, n, step):
+        out[i : i + step] = f(*(x if x.shape[0] == 1 else x[i : i + step] for x in arrays))
+    return xp.reshape(out, first.shape)
+
+
+def combine(coefficients: Sequence[float], arrays: Sequence[Array]) -> Array:
+    """The sum of `coefficients[i] * arrays[i]`; a coefficient 0 leaves its array unread."""
+    terms = [(c, x) for c, x in zip(coefficients, arrays, strict=True) if c != 0]
+    if not terms:
+        return namespace(*arrays).zeros_like(arrays[0])
+
+    def total(*xs: Array) -> Array:
+        out = xs[0] * terms[0][0]
+        for x, (c, _) in zip(xs[1:], terms[1:], strict=True):
+            out += x * c
+        return out
+
+    return blockwise(total, *(x for _, x in terms))
+
+
+def lerp(a: Array, b: Array, t: float) -> Array:
+    """`a + t (b - a)`: exactly `a` at 0, exactly `b` at 1, and exactly `a` wherever a = b."""
+    if t == 0:
+        return a
+    if t == 1:
+        return b
+    if t < 0.5:
+        return blockwise(lambda x, y: x + (y - x) * t, a, b)
+    return blockwise(lambda x, y: y - (y - x) * (1 - t), a, b)
+
+
+def mix(a: Array, b: Array, t: Array) -> Array:
+    """`lerp` with one `t` per element (or broadcast along any axis), exact at the same points."""
+
+    def one(x: Array, y: Array, t: Array) -> Array:
+        d = y - x
+        return namespace(x).where(t < 0.5, x + t * d, y - (1 - t) * d)
+
+    return blockwise(one, a, b, t)
+
+
+def divide(x: Array, y: Array, otherwise: float = 0.0) -> Array:
+    """`x / y`, and `otherwise` where `y` is 0; raises no floating point warning."""
+    xp, zero = namespace(x), y == 0
+    return xp.where(zero, otherwise, x / xp.where(zero, 1.0, y))
+
+
+def clip(x: Array, low: float, high: float) -> Array:
+    """`x` limited to `low..high`."""
+    return namespace(x).clip(x, low, high)
+
+
+# -- one number per tensor ------------------------------------------------------------------------
+
+
+def dot(x: Array, y: Array) -> float:
+    """Sum of the products of all elements."""
+    xp, x, y = namespace(x), flatten(x), flatten(y)
+    whole = x.shape[0] // ROW * ROW
+    rows = xp.vecdot(xp.reshape(x[:whole], (-1, ROW)), xp.reshape(y[:whole], (-1, ROW)))
+    rest = xp.vecdot(x[whole:], y[whole:])
+    return float(xp.sum(rows, dtype=xp.float64)) + float(rest)
+
+
+def norm(x: Array) -> float:
+    """Frobenius norm over all elements."""
+    return math.sqrt(dot(x, x))
+
+
+def gram(*arrays: Array, of: Callable[..., Sequence[Array]] = lambda *xs: xs) -> Any:
+    """All dot products between the arrays `of(*arrays)`: float64 numpy, one row per array.
+
+    `of` works element by element and is called in pieces, so `of=lambda a, b, c: (a - c, b - c)`
+    gives the products of two differences without making them.
+    """
+    flat = [flatten(x) for x in arrays]
+    n = flat[0].shape[0]
+    step = BLOCK if is_numpy_array(flat[0]) else max(n, 1)
+    total: Any = 0.0
+    for i in range(0, n, step):
+        xs = of(*(x[i : i + step] for x in flat))
+        part = np.zeros((len(xs), len(xs)))
+        for j, x in enumerate(xs):
+            for k, y in enumerate(xs[: j + 1]):
+                part[j, k] = part[k, j] = dot(x, y)
+        total = total + part
+    return total
+
+
+def moments(x: Array) -> tuple[float, float]:
+    """Mean and population standard deviation of all elements."""
+    n = numel(x)
+    mean = float(namespace(x).sum(x, dtype=namespace(x).float64)) / n
+    return mean, math.sqrt(gram(x, of=lambda v: (v - mean,))[0, 0] / n)
+
+
+def match_spread(r: Array, a: Array) -> Array:
+    """`r` with its mean and standard deviation moved half-way to those of `a`.
+
+    R' = (R - mean R) / std R * (std R + std A) / 2 + (mean R + mean A) / 2; R' = R if std R < 1e-6.
+    """
+    (mean_r, std_r), (mean_a, std_a) = moments(r), moments(a)
+    if std_r < 1e-6:
+        return r
+    k, mean = (std_r + std_a) / (2 * std_r), (mean_r + mean_a) / 2
+    return blockwise(lambda v: (v - mean_r) * k + mean, r)
+
+
+def model_weights(
+    weights: Sequence[float], count: int, *, default: float = 1.0, normalize: bool = False
+) -> list[float]:
+    """One weight per model: `weights`, or `default` for each when it is empty.
+
+    With `normalize` they are divided by their sum. Raises Refusal when there is not one weight per
+    model, or when weights that sum to 0 are to be normalised.
+    """
+    if weights and len(weights) != count:
+        raise Refusal(f"{len(weights)} weights for {count} models: give one number per model")
+    ws = [float(w) for w in weights] or [default] * count
+    if not normalize:
+        return ws
+    total = sum(ws)
+    if total == 0:
+        raise Refusal(f"weights {ws} sum to 0 and cannot be normalised: change one of them")
+    return [w / total for w in ws]
+
+
+# -- order ----------------------------------------------------------------------------------------
+
+
+def kth_smallest(x: Array, k: int) -> float:
+    """The k-th smallest element of `x`, counted from 1."""
+    if is_numpy_array(x):
+        return float(np.partition(x, k - 1, axis=None)[k - 1])
+    return float(namespace(x).sort(flatten(x))[k - 1])
+
+
+def argsort(x: Array) -> Array:
+    """Stable ascending order of the flattened `x`.
+
+    For float32 in numpy the bits, made to sort like integers, and the index share one 64-bit
+    number: the same order as a stable sort, several times faster.
+    """
+    x = flatten(x)
+    if not is_numpy_array(x) or x.dtype != np.float32:
+        return namespace(x).argsort(x, stable=True)
+    bits = (x + np.float32(0)).view(np.int32)  # + 0: -0.0 and 0.0 are equal
+    keys = np.where(bits < 0, bits ^ 0x7FFFFFFF, bits).astype(np.int64)
+    keys <<= 32
+    keys |= np.arange(x.shape[0], dtype=np.int64)
+    keys.sort()
+    keys &= 0xFFFFFFFF
+    return keys
+
+
+def unsort(values: Array, order: Array) -> Array:
+    """The array whose elements taken in `order` are `values`."""
+    out = namespace(values).empty_like(values)
+    out[order] = values
+    return out
+
+
+# -- randomness -----------------------------------------------------------------------------------
+
+
+def normal(generator: np.random.Generator, like: Array) -> Array:
+    """Standard normal numbers, drawn on the CPU in float32, as an array like `like`."""
+    return _as(generator.standard_normal(like.shape, dtype=np.float32), like)
+
+
+def uniform(generator: np.random.Generator, like: Array) -> Array:
+    """Numbers uniform in [0, 1), drawn on the CPU in float32, as an array like `like`."""
+    return _as(generator.random(like.shape, dtype=np.float32), like)
+
+
+def _as(drawn: Any, like: Array) -> Array:
+    return namespace(like).asarray(np.asarray(drawn), dtype=like.dtype, device=device(like))
+
+
+def to_numpy(x: Array) -> Any:
+    """`x` as a numpy array on the CPU."""
+    return x if is_numpy_array(x) else x.detach().cpu().numpy()
