@@ -43,11 +43,12 @@ def numel(x: Array) -> int:
 # -- element by element ---------------------------------------------------------------------------
 
 
-def blockwise(f: Callable[..., Array], *arrays: Array) -> Array:
+def blockwise(f: Callable[..., Array], *arrays: Array, dtype: Any = None) -> Array:
     """`f(*arrays)` for an `f` that works element by element, computed in cache-sized pieces.
 
     The arrays have one shape, or have the same length or 1 along their first axis and broadcast
-    along the others. The result has the shape and dtype of the first.
+    along the others. The result has the shape of the first, and its dtype unless `dtype` (what `f`
+    gives, a mask for one) is another.
     """
     first = arrays[0]
     if all(x.shape == first.shape for x in arrays):
@@ -56,7 +57,7 @@ def blockwise(f: Callable[..., Array], *arrays: Array) -> Array:
     if size <= BLOCK or not is_numpy_array(first):
         return xp.reshape(f(*arrays), first.shape)
     step = max(1, BLOCK * n // size)
-    out = xp.empty_like(arrays[0])
+    out = xp.empty_like(arrays[0], dtype=dtype)
     for i in range(0, n, step):
         out[i : i + step] = f(*(x if x.shape[0] == 1 else x[i : i + step] for x in arrays))
     return xp.reshape(out, first.shape)
@@ -64,7 +65,7 @@ def blockwise(f: Callable[..., Array], *arrays: Array) -> Array:
 
 def combine(coefficients: Sequence[float], arrays: Sequence[Array]) -> Array:
     """The sum of `coefficients[i] * arrays[i]`; a coefficient 0 leaves its array unread."""
-    terms = [(c, x) for c, x in zip(coefficients, arrays, strict=True) if c != 0]
+    terms = [(float(c), x) for c, x in zip(coefficients, arrays, strict=True) if c != 0]
     if not terms:
         return namespace(*arrays).zeros_like(arrays[0])
 
@@ -222,18 +223,22 @@ def unsort(values: Array, order: Array) -> Array:
 # -- randomness -----------------------------------------------------------------------------------
 
 
-def normal(generator: np.random.Generator, like: Array) -> Array:
-    """Standard normal numbers, drawn on the CPU in float32, as an array like `like`."""
-    return _as(generator.standard_normal(like.shape, dtype=np.float32), like)
+def normal(generator: np.random.Generator, x: Array) -> Array:
+    """Standard normal numbers, drawn on the CPU in float32, as an array like `x`."""
+    return like(generator.standard_normal(x.shape, dtype=np.float32), x)
 
 
-def uniform(generator: np.random.Generator, like: Array) -> Array:
-    """Numbers uniform in [0, 1), drawn on the CPU in float32, as an array like `like`."""
-    return _as(generator.random(like.shape, dtype=np.float32), like)
+def uniform(generator: np.random.Generator, x: Array) -> Array:
+    """Numbers uniform in [0, 1), drawn on the CPU in float32, as an array like `x`."""
+    return like(generator.random(x.shape, dtype=np.float32), x)
 
 
-def _as(drawn: Any, like: Array) -> Array:
-    return namespace(like).asarray(np.asarray(drawn), dtype=like.dtype, device=device(like))
+# -- to and from numpy ----------------------------------------------------------------------------
+
+
+def like(values: Any, x: Array) -> Array:
+    """The numpy array `values` in the namespace, dtype and device of `x`."""
+    return namespace(x).asarray(np.asarray(values), dtype=x.dtype, device=device(x))
 
 
 def to_numpy(x: Array) -> Any:
