@@ -1,0 +1,38 @@
+"""Architectures: what a key means, and what a file is, from keys and shapes alone.
+
+One file in `data/` per architecture; this module is their small interpreter.
+
+    sdxl = load("sdxl")
+    sdxl.place("model.diffusion_model.input_blocks.4.1.norm.weight")  # block IN04 of the unet
+    detect({"model.diffusion_model.input_blocks.0.0.weight": (320, 9, 3, 3), ...}).title
+    # "SD1 inpainting checkpoint"
+
+To add an architecture, add its file and the golden header of one of its models in the tests.
+"""
+
+from __future__ import annotations
+
+from plymix.archs.detection import Detection, detect
+from plymix.archs.model import (
+    Architecture,
+    Component,
+    Place,
+    ema_key,
+    load,
+    markers,
+    names,
+    quantised,
+)
+
+__all__ = [
+    "Architecture",
+    "Component",
+    "Detection",
+    "Place",
+    "detect",
+    "ema_key",
+    "load",
+    "markers",
+    "names",
+    "quantised",
+]

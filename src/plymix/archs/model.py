@@ -1,0 +1,334 @@
+"""One architecture: its file's schema, and the way from a key to its place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from plymix.errors import unknown
+
+_HERE = Path(__file__).parent
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What a key means.
+
+    `key` is the canonical spelling, equal for all spellings of one tensor. `component` is a name
+    of the architecture's components, "ema" or "extra". `block` is one of the architecture's blocks,
+    or BASE (CLIP, T5, ... where the community's lists split it), VAE, EMA or BUFFER. `part` is a
+    finer name where there is one (TIME, LABEL, OUT, CLIP_L, ...), else the block. A `buffer` is
+    never blended but copied from the base model.
+    """
+
+    key: str
+    component: str
+    block: str
+    part: str
+    buffer: bool = False
+
+
+class Component(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A part of a checkpoint that is a model of its own.
+
+    `prefixes` begin its keys, the first one in the canonical spelling. `blocks` maps key templates
+    (after the prefix; "{i}" is a number; a trailing dot means any key that begins so) to "BLOCK" or
+    "BLOCK PART"; `block` is for all other keys, and without it they are no keys of this component.
+    """
+
+    name: str
+    title: str
+    prefixes: tuple[str, ...] = ()
+    block: str = ""
+    blocks: dict[str, str] = {}
+
+
+class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What must hold of a file's keys: see `plymix.archs.detection`."""
+
+    keys: dict[str, bool | list[int | str]]
+    dialect: str = ""
+
+
+class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A kind of model within an architecture, told by `keys`."""
+
+    name: str
+    keys: dict[str, bool | list[int | str]]
+    title: str = ""
+    modelspec: str = ""
+
+
+class Family(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is needed to recognise a model by name."""
+
+    short: str
+    detect: tuple[Rule, ...]
+    variants: tuple[Variant, ...] = ()
+    lora: tuple[Rule, ...] = ()
+
+
+class Architecture(Family, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
+    """An architecture, as its file in `data/` tells it.
+
+    `blocks` are the denoiser's, in order; where models of one architecture differ in depth it holds
+    the deepest one's. `lists` says what each accepted length of a list of block weights means,
+    `lora_lists` the same for LoRA block weights. `input_conv` is the key whose dimension 1 grows in
+    inpainting and similar variants.
+    """
+
+    name: str = ""
+    title: str
+    modelspec: str = ""
+    blocks: tuple[str, ...]
+    lists: dict[int, tuple[str, ...]] = {}
+    lora_lists: dict[int, tuple[str, ...]] = {}
+    components: tuple[Component, ...]
+    aliases: dict[str, str] = {}
+    buffers: tuple[str, ...] = ()
+    input_conv: str | None = None
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    @property
+    def denoiser(self) -> Component:
+        """The U-Net or transformer."""
+        return self.components[0]
+
+    def modelspec_id(self, variant: str = "base") -> str:
+        """The SAI ModelSpec architecture id of a variant."""
+        own = (v.modelspec for v in self.variants if v.name == variant and v.modelspec)
+        return next(own, self.modelspec)
+
+    def place(self, key: str) -> Place | None:
+        """Where `key` belongs, in any spelling of its own layout; None: no key of this model."""
+        table = self._table
+        key = table.respelled(key)
+        if table.is_buffer(key):
+            return Place(key, table.owner(key) or "extra", "BUFFER", "BUFFER", True)
+        for prefix, component, blocks in table.components:
+            if key.startswith(prefix):
+                at = blocks(key[len(prefix) :])
+                return Place(key, component, *at) if at else None
+        return None
+
+    @cached_property
+    def _table(self) -> _Table:
+        return _Table(self)
+
+
+class Names:
+    """A set of names written as exact names, starts ("vae.*") and ends ("*.position_ids")."""
+
+    def __init__(self, patterns: Iterable[str]) -> None:
+        patterns = list(patterns)
+        self._exact = frozenset(p for p in patterns if "*" not in p)
+        self._starts = tuple(p[:-1] for p in patterns if p.endswith("*"))
+        self._ends = tuple(p[1:] for p in patterns if p.startswith("*"))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._exact or name.endswith(self._ends) or name.startswith(self._starts)
+
+
+class _Blocks:
+    """Block templates of one component, compiled to one regular expression."""
+
+    def __init__(self, component: Component, known: frozenset[str] | None = None) -> None:
+        self._default = _block_part(component.block) if component.block else None
+        self._known = known  # blocks that exist; None: any
+        rules: list[str] = []
+        self._targets: dict[int, str] = {}  # group number of a rule -> its "BLOCK PART" template
+        group = 1
+        for template, target in component.blocks.items():
+            pattern = re.escape(template).replace(r"\{i\}", "(0|[1-9][0-9]{0,3})")
+            rules.append(f"({pattern})" if template.endswith(".") else rf"({pattern})\Z")
+            self._targets[group] = target
+            group += 1 + template.count("{i}")
+        self._regex = re.compile("|".join(rules) or "(?!)")
+        self._seen: dict[str, tuple[str, str] | None] = {}
+
+    def __call__(self, rest: str) -> tuple[str, str] | None:
+        """(block, part) of a key without its prefix; None if it has none."""
+        match = self._regex.match(rest)
+        if match is None:
+            return self._default
+        start = match.group()
+        if start not in self._seen:
+            rule = match.lastindex or 0
+            number = match.group(rule + 1) if "{i" in self._targets[rule] else "0"
+            at = _block_part(self._targets[rule].format(i=int(number)))
+            fits = self._known is None or at[0] in self._known
+            self._seen[start] = at if fits else None
+        return self._seen[start]
+
+
+class _Table:
+    """An architecture compiled for looking up keys."""
+
+    def __init__(self, arch: Architecture) -> None:
+        shared = shared_facts()
+        denoiser, *others = arch.components
+        self._home = shared.prefixes[0]
+        self._denoiser = _Blocks(denoiser, frozenset(arch.blocks))
+        self.is_buffer = Names((*shared.buffers, *shared.markers, *arch.buffers)).__contains__
+        # (canonical prefix, name, blocks) of every component
+        self.components = [(self._home, denoiser.name, self._denoiser)]
+        self.components += [(c.prefixes[0], c.name, _Blocks(c)) for c in others]
+        ema = Component("ema", "EMA weights", (shared.ema,), "EMA")
+        self.components.append((shared.ema, ema.name, _Blocks(ema)))
+        self._homes = tuple(prefix for prefix, _, _ in self.components)
+        # other spellings of a key's end or start -> the canonical one
+        aliases = arch.aliases.items()
+        self._ends = {old[1:]: new[1:] for old, new in aliases if old.startswith("*")}
+        self._starts = {old: new for old, new in aliases if not old.startswith("*")}
+        self._prefixes = dict.fromkeys(shared.prefixes[1:], self._home)
+        for component in others:
+            home, *also = component.prefixes
+            self._prefixes.update(dict.fromkeys(also, home))
+            self._prefixes.update({s: home + s for s in shared.bare.get(component.name, ())})
+
+    def owner(self, key: str) -> str | None:
+        """The component whose prefix a canonical key has."""
+        return next((name for prefix, name, _ in self.components if key.startswith(prefix)), None)
+
+    def respelled(self, key: str) -> str:
+        """The canonical spelling of a key."""
+        key = _replaced_start(key, self._starts)
+        for old, new in self._ends.items():
+            if key.endswith(old):
+                key = key[: -len(old)] + new
+        if key.startswith(self._homes) or self.is_buffer(key):
+            return key
+        if self._denoiser(key):
+            return self._home + key
+        return _replaced_start(key, self._prefixes)
+
+
+def _replaced_start(key: str, table: dict[str, str]) -> str:
+    for old, new in table.items():
+        if key.startswith(old):
+            return new + key[len(old) :]
+    return key
+
+
+def _block_part(target: str) -> tuple[str, str]:
+    """'IN00 TIME' -> ('IN00', 'TIME'); 'IN00' -> ('IN00', 'IN00')."""
+    block, _, part = target.partition(" ")
+    return block, part or block
+
+
+class LoraFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Globs that tell a LoRA-like file's algorithm and the spelling of its names."""
+
+    algorithms: dict[str, list[str]]
+    dialects: dict[str, list[str]]
+
+
+class Kind(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A file that is no whole model, told by one of `keys` (globs)."""
+
+    kind: str
+    title: str
+    keys: tuple[str, ...]
+    dialect: str = ""
+    channels: str = ""
+
+
+class Shared(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`shared.toml`."""
+
+    prefixes: tuple[str, ...]
+    parts: tuple[str, ...]
+    ema: str
+    buffers: tuple[str, ...]
+    quantised: tuple[str, ...]
+    markers: dict[str, str]
+    bare: dict[str, tuple[str, ...]]
+    lora: LoraFacts
+    kinds: tuple[Kind, ...]
+
+
+def decode(path: Path, type: type[T]) -> T:
+    """A TOML file of this package as `type`; block ranges ("IN00..IN11") are written out."""
+    raw = msgspec.toml.decode(path.read_bytes())
+    if "blocks" in raw:
+        raw["blocks"] = _expanded(raw["blocks"])
+        for lists in ("lists", "lora_lists"):
+            raw[lists] = {n: _expanded(names) for n, names in raw.get(lists, {}).items()}
+        raw["name"] = path.stem
+    return msgspec.convert(raw, type, str_keys=True)
+
+
+def _expanded(names: list[str]) -> list[str]:
+    out: list[str] = []
+    for name in names:
+        first, _, last = name.partition("..")
+        if last:
+            stem = first.rstrip("0123456789")
+            numbers = range(int(first[len(stem) :]), int(last[len(stem) :]) + 1)
+            out += [f"{stem}{i:02}" for i in numbers]
+        else:
+            out.append(name)
+    return out
+
+
+@cache
+def shared_facts() -> Shared:
+    return decode(_HERE / "shared.toml", Shared)
+
+
+@cache
+def names() -> tuple[str, ...]:
+    """The architectures that can be merged."""
+    return tuple(sorted(path.stem for path in (_HERE / "data").glob("*.toml")))
+
+
+@cache
+def load(name: str) -> Architecture:
+    """The architecture called `name`. Raises Refusal with the nearest names."""
+    if name not in names():
+        raise unknown("architecture", name, names())
+    return decode(_HERE / "data" / f"{name}.toml", Architecture)
+
+
+class _Families(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    families: tuple[Family, ...]
+
+
+@cache
+def families() -> tuple[Family, ...]:
+    """Everything that can be recognised: the architectures, then those known by name only."""
+    others: Any = decode(_HERE / "families.toml", _Families)
+    return (*map(load, names()), *others.families)
+
+
+def ema_key(key: str) -> str:
+    """The name of the EMA copy of a denoiser tensor, given its canonical key.
+
+    'model.diffusion_model.out.0.bias' -> 'model_ema.diffusion_modelout0bias'. The dots are lost on
+    the way (ldm/modules/ema.py), so names are made from keys and never taken apart.
+    """
+    return shared_facts().ema + key.removeprefix("model.").replace(".", "")
+
+
+def markers(keys: Iterable[str]) -> dict[str, str]:
+    """The marker tensors among `keys` and what each says: {'v_pred': 'v-prediction'}."""
+    known = shared_facts().markers
+    return {key: known[key] for key in keys if key in known}
+
+
+def quantised(keys: Iterable[str]) -> list[str]:
+    """Those of `keys` that hold scales and tables of quantised weights.
+
+    A weight beside them is not a plain number: it cannot be blended before it is dequantised.
+    """
+    names = Names(shared_facts().quantised)
+    return [key for key in keys if key in names]
