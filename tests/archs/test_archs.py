@@ -448,6 +448,17 @@ def test_detection_never_raises(shapes):
     assert archs.detect(shapes).title
 
 
+def test_hostile_names_stay_out_of_messages():
+    found = archs.detect({"a" * 100_000: (1,), "\x1b[2J\nb": (1,)})
+    assert found.kind == "unknown"
+    assert len(found.title) < 300
+    assert found.title.isprintable()
+    found = archs.detect({"\x1b[2J.lora_up.weight": (1,), "\x1b[2J.lora_down.weight": (1, 1)})
+    with pytest.raises(Refusal) as refusal:
+        found.require("x.safetensors")
+    assert str(refusal.value).isprintable()
+
+
 def test_architectures_are_values():
     fresh = archs.model.decode(archs.model._HERE / "data" / "sd1.toml", archs.Architecture)
     assert fresh is not archs.load("sd1")

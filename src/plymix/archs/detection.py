@@ -64,7 +64,7 @@ class Detection:
         if self.arch is not None and self.kind in ("checkpoint", "denoiser") and not self.dialect:
             return self.arch
         known = ", ".join(load(name).short for name in names())
-        seen = f" (it has {self.seen})" if self.seen else ""
+        seen = f" (it has {_shown(self.seen)})" if self.seen else ""
         raise Refusal(
             f"{file} is not a model that can be merged: it is {self.title}{seen};"
             f" plymix merges {known}"
@@ -189,8 +189,14 @@ def _other(keys: _Keys) -> Detection | None:
 def _unknown(keys: _Keys) -> Detection:
     if not keys.shapes:
         return Detection(None, "base", "unknown", "unknown (no tensors)")
-    some = f"{len(keys.shapes)} tensors; first keys: {listed(keys.shapes, 3)}"
+    some = f"{len(keys.shapes)} tensors; first keys: {listed(map(_shown, keys.shapes), 3)}"
     return Detection(None, "base", "unknown", f"unknown ({some}{_guess(keys)})")
+
+
+def _shown(key: str) -> str:
+    """A key as it may stand in a message: 80 printable characters at most."""
+    short = key if len(key) <= 80 else key[:77] + "..."
+    return short if short.isprintable() else repr(short)
 
 
 def _guess(keys: _Keys) -> str:
