@@ -1,0 +1,679 @@
+"""Methods that treat a tensor, or its rows and columns, as directions with lengths.
+
+Where a result is a sum of the models whose coefficients follow from their dot products (slerp and
+its relatives), the dot products are read off in one pass and the sum is made in a second.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from array_api_compat import is_numpy_array
+
+from plymix.errors import Refusal
+from plymix.methods import Array, Tensors
+from plymix.methods.arrays import (
+    BLOCK,
+    blockwise,
+    clip,
+    combine,
+    dot,
+    gram,
+    lerp,
+    like,
+    match_spread,
+    mix,
+    model_weights,
+    namespace,
+    norm,
+    to_numpy,
+)
+from plymix.registry import Range, method
+
+UNIT = Range(0, 1)
+
+
+# -- one direction per tensor ---------------------------------------------------------------------
+
+
+@method("tensor")
+def slerp(a: Array, b: Array, *, alpha: float = 0.5) -> Array:
+    """Spherical Interpolation (Slerp)
+
+    a = A/|A|, b = B/|B|, w = arccos(a . b)
+    R = (sin((1 - alpha) w) a + sin(alpha w) b) / sin w * ((1 - alpha) |A| + alpha |B|)
+
+    Turns A's direction towards B's at even speed and interpolates the length apart from that. alpha
+    is the share of B: 0 is exactly A, 1 exactly B. Falls back to a weighted sum where either norm
+    is 0 or the two are parallel or opposite (sin w < 1e-6).
+    Source: sd-mecha `slerp`; K. Shoemake, Animating rotation with quaternion curves (1985).
+    """
+    if alpha in (0, 1):
+        return b if alpha else a
+    (aa, ab), (_, bb) = gram(a, b).tolist()
+    length_a, length_b = math.sqrt(aa), math.sqrt(bb)
+    w = _angle(ab, length_a * length_b)
+    if length_a == 0 or length_b == 0 or math.sin(w) < 1e-6:
+        return lerp(a, b, alpha)
+    length = (1 - alpha) * length_a + alpha * length_b
+    s, t = (math.sin(share * w) / math.sin(w) * length for share in (1 - alpha, alpha))
+    return combine((s / length_a, t / length_b), (a, b))
+
+
+@method("tensor")
+def slerp_mergekit(a: Array, b: Array, *, alpha: float = 0.5) -> Array:
+    """Spherical Interpolation (Mergekit)
+
+    w = arccos(A . B / (|A| |B|));  R = (sin((1 - alpha) w) A + sin(alpha w) B) / sin w
+
+    The weights of slerp on tensors of their own length, so lengths are not interpolated exactly.
+    alpha is the share of B: 0 is exactly A, 1 exactly B. A weighted sum where |cos w| > 0.9995; a
+    tensor whose norm is below 1e-8 is not normalised.
+    Source: mergekit `slerp`.
+    """
+    if alpha in (0, 1):
+        return b if alpha else a
+    (aa, ab), (_, bb) = gram(a, b).tolist()
+    length_a, length_b = (x if x > 1e-8 else 1.0 for x in (math.sqrt(aa), math.sqrt(bb)))
+    w = _angle(ab, length_a * length_b)
+    if abs(math.cos(w)) > 0.9995:
+        return lerp(a, b, alpha)
+    return combine([math.sin(share * w) / math.sin(w) for share in (1 - alpha, alpha)], (a, b))
+
+
+@method("tensor")
+def nuslerp(
+    a: Array,
+    b: Array,
+    base: Array | None = None,
+    *,
+    alpha: float = 0.5,
+    axis: Literal["tensor", "last", "first"] = "tensor",
+) -> Array:
+    """Spherical Interpolation (NuSlerp)
+
+    With w the angle between two vectors u of A and v of B (of A - base and B - base where a base
+    is given, which is then added back):
+    R = (sin((1 - alpha) w) u + sin(alpha w) v) / sin w
+
+    axis says what a vector is: the whole tensor, or everything that differs only in the last or in
+    the first index. alpha is the share of B (in mergekit's weights w_B / (w_A + w_B)): 0 is exactly
+    A, 1 exactly B. A weighted sum where |sin w| < 1e-8. Tensors of one dimension are one vector.
+    Source: mergekit `nuslerp` (`flatten`, and without it `row_wise` false or true).
+    """
+    if alpha in (0, 1):
+        return b if alpha else a
+    u, v = (a, b) if base is None else (a - base, b - base)
+    if axis == "tensor" or len(a.shape) < 2:
+        (uu, uv), (_, vv) = gram(u, v).tolist()
+        w = _angle(uv, max(math.sqrt(uu), 1e-7) * max(math.sqrt(vv), 1e-7))
+        p, q = 1 - alpha, alpha
+        if abs(math.sin(w)) >= 1e-8:
+            p, q = (math.sin(share * w) / math.sin(w) for share in (p, q))
+        return _around(base, (p, q), (a, b))
+    xp = namespace(a)
+    x, y = (_matrix(z) if axis == "first" else _lines(z) for z in (u, v))
+    xx, xy, yy = _products(0 if axis == "first" else 1, x, y)
+    lengths = clip(xp.sqrt(xx), 1e-7, math.inf) * clip(xp.sqrt(yy), 1e-7, math.inf)
+    w = xp.acos(clip(xy / lengths, -1.0, 1.0))
+    flat = xp.abs(xp.sin(w)) < 1e-8
+    sine = xp.where(flat, 1.0, xp.sin(w))
+    p = xp.astype(xp.where(flat, 1 - alpha, xp.sin((1 - alpha) * w) / sine), a.dtype)
+    q = xp.astype(xp.where(flat, alpha, xp.sin(alpha * w) / sine), a.dtype)
+    moved = xp.reshape(blockwise(lambda x, y, p, q: x * p + y * q, x, y, p, q), a.shape)
+    return moved if base is None else moved + base
+
+
+@method("tensor")
+def norm_direction(a: Array, b: Array, *, alpha: float = 0.5) -> Array:
+    """Norm And Direction
+
+    u = normalise((1 - alpha) A/|A| + alpha B/|B|);  R = u ((1 - alpha) |A| + alpha |B|)
+
+    Averages directions and lengths apart from one another (a cheaper slerp). alpha is the share of
+    B: 0 is exactly A, 1 exactly B. A weighted sum where the averaged direction vanishes.
+    Source: `NORM` of Chattiori-Model-Merger.
+    """
+    if alpha in (0, 1):
+        return b if alpha else a
+    length_a, length_b = norm(a) + 1e-12, norm(b) + 1e-12
+    direction = combine(((1 - alpha) / length_a, alpha / length_b), (a, b))
+    size = norm(direction)
+    if size < 1e-6:
+        return lerp(a, b, alpha)
+    return direction * (((1 - alpha) * length_a + alpha * length_b) / size)
+
+
+@method("tensor", min_models=2)
+def multislerp(
+    base: Array | None = None,
+    *models: Array,
+    weights: tuple[float, ...] = (),
+    normalize: bool = True,
+) -> Array:
+    """Spherical Interpolation Of Many Models
+
+    u_i = X_i/|X_i|, m = normalise(sum_i w_i u_i)
+    v = sum_i w_i (u_i - (u_i . m) m), r = |v|;  R = (m cos r + v sin(r)/r) sum_i w_i |X_i|
+
+    Averages directions on the sphere around their mean (one exponential step) and lengths as they
+    are. With a base it works on the differences from it. weights: one number per model, equal when
+    left out; normalize makes them sum to 1. Models whose directions cancel out: a weighted sum for
+    two, refused for more.
+    Source: mergekit `multislerp`.
+    """
+    ws = model_weights(weights, len(models), normalize=normalize)
+    g = _gram_of(models, base)
+    lengths = np.sqrt(np.diagonal(g))
+    scale = 1 / (lengths + 1e-8)
+    cosines = g * np.outer(scale, scale)  # u_i . u_j
+    w = np.array(ws)
+
+    def size(x: Any) -> float:  # |sum_i x_i u_i|
+        return math.sqrt(max(float(x @ cosines @ x), 0.0))
+
+    if size(w) < 1e-8:
+        if len(models) > 2 and lengths.any():
+            raise Refusal(
+                "multislerp: the directions of the models cancel out, so they have no mean; "
+                "change the weights or use n_average"
+            )
+        return _around(base, ws, models)
+    m = w / size(w)
+    v = w - float(w @ cosines @ m) * m
+    r = size(v) + 1e-8
+    q = m * math.cos(r) + v * (math.sin(r) / r)
+    return _around(base, q * scale * float(w @ lengths), models)
+
+
+@method("tensor")
+def karcher(
+    *models: Array,
+    weights: tuple[float, ...] = (),
+    max_iter: Annotated[int, Range(1, 1000)] = 10,
+    tol: Annotated[float, Range(0, 1)] = 1e-5,
+) -> Array:
+    """Karcher Mean
+
+    The direction u with the least sum of squared angles to all models, found by repeated steps
+    u <- exp_u(sum_i w_i log_u(X_i/|X_i|)), times the average length sum_i w_i |X_i|.
+
+    weights: one number per model, equal when left out, made to sum to 1. Tensors with a norm up to
+    tol have no direction and count only in the length; where all are so the result is 0. Stops
+    after max_iter steps or when a step is shorter than tol.
+    Source: Riemannian centre of mass (H. Karcher, 1977); mergekit `karcher`.
+    """
+    w = np.array(model_weights(weights, len(models), normalize=True))
+    g = gram(*models)
+    lengths = np.sqrt(np.diagonal(g))
+    valid = lengths > tol
+    shares = np.where(valid, w, 0.0)
+    if not shares.any():
+        return namespace(*models).zeros_like(models[0])
+    shares = shares / shares.sum()
+    scale = np.where(valid, 1 / np.where(valid, lengths, 1.0), 0.0)
+    cosines = g * np.outer(scale, scale)
+
+    # u and its tangents are sums of the models' directions: only their coefficients are followed
+    def size(x: Any) -> float:
+        return math.sqrt(max(float(x @ cosines @ x), 0.0))
+
+    u = shares / size(shares) if size(shares) >= tol else np.eye(len(models))[np.argmax(valid)]
+    for _ in range(max_iter):
+        c = np.clip(cosines @ u, -1, 1)
+        angle = np.arccos(c)
+        # a model straight behind u (sin 0) has no direction to go to
+        apart = (angle >= tol) & (np.sin(angle) > 1e-12)
+        pull = np.where(apart, shares * angle / np.where(apart, np.sin(angle), 1.0), 0.0)
+        step = pull - float(pull @ c) * u
+        length = size(step)
+        if length < tol:
+            break
+        u = math.cos(length) * u + math.sin(length) / length * step
+        u = u / size(u)
+    return combine([*(u * scale * float(w @ lengths))], models)
+
+
+@method("tensor", delta=True)
+def perpendicular(a: Array, b: Array) -> Array:
+    """Perpendicular Part
+
+    R = B - A (A . B) / |A|^2
+
+    What of the difference B does not point along the difference A; all of B where A is 0.
+    Source: sd-mecha `perpendicular_component`.
+    """
+    aa = dot(a, a)
+    return combine((-dot(a, b) / aa, 1.0), (a, b)) if aa else b
+
+
+@method("tensor")
+def add_perpendicular(a: Array, b: Array, c: Array, *, alpha: float = 1.0) -> Array:
+    """Add Perpendicular Difference
+
+    a = A - C, b = B - C;  R = A + alpha (b - a (a . b) / |a|^2)
+
+    Add difference without the part that A already has: only what B learned in other directions.
+    alpha 0 is exactly A.
+    Source: sd-mecha `add_perpendicular`.
+    """
+    if alpha == 0:
+        return a
+    (aa, ab), _ = gram(a, b, c, of=lambda a, b, c: (a - c, b - c)).tolist()
+    along = ab / aa if aa else 0.0
+    return blockwise(lambda a, b, c: a + ((b - c) - (a - c) * along) * alpha, a, b, c)
+
+
+@method("tensor")
+def ortho_delta(a: Array, b: Array, *, alpha: float = 0.5) -> Array:
+    """Orthogonal Difference
+
+    d = B - A;  R = A + alpha (d - A (d . A) / (|A|^2 + 1e-12))
+
+    Moves A towards B without the part of the way that only scales A. alpha 0 is exactly A.
+    Source: `ORTHO` of Chattiori-Model-Merger.
+    """
+    if alpha == 0:
+        return a
+    (aa, ad), _ = gram(a, b, of=lambda a, b: (a, b - a)).tolist()
+    along = ad / (aa + 1e-12)
+    return blockwise(lambda a, b: a + ((b - a) - a * along) * alpha, a, b)
+
+
+@method("tensor", delta=True)
+def orthonorm(a: Array, *models: Array, alpha: Annotated[float, Range(low=0)] = 0.0) -> Array:
+    """Orthogonalised Sum Of Differences
+
+    For each difference m in turn, with S the sum so far and w = A + S:
+    g = m - (4/pi) atan2(w . m, w . w) w, stretched to the length of m;  S <- S + alpha g
+
+    Adds differences one after another, each freed from what the ones before it (and A) contain. All
+    inputs and the result S are differences; A itself is not part of S. alpha 0 means 1/sqrt(n).
+    Source: sd-optim `orthonorm`, a bounded Gram-Schmidt process.
+    """
+    step = alpha or 1 / math.sqrt(len(models))
+    total = namespace(a).zeros_like(a)
+    for m in models:
+        w = a + total
+        (ww, wm), (_, mm) = gram(w, m).tolist()
+        g = combine((1.0, -4 / math.pi * math.atan2(wm, ww)), (m, w))
+        stretch = max(math.sqrt(mm), 1e-6) / max(norm(g), 1e-6)
+        total = combine((1.0, step * stretch), (total, g))
+    return total
+
+
+@method("tensor")
+def euclidean_add_difference(
+    a: Array, b: Array, c: Array, *, alpha: Annotated[float, UNIT] = 0.5
+) -> Array:
+    """Euclidean Add Difference
+
+    a = (A - C)/|A - C|, b = (B - C)/|B - C|, v = (1 - alpha) A + alpha B - C
+    e = copysign(sqrt((1 - alpha) a^2 + alpha b^2), v);  R = C + e/|e| |v|
+
+    A weighted sum whose differences from C are averaged as squares, so that what only one model
+    changed is kept better. alpha is the share of B: 0 is exactly A, 1 exactly B. Where neither
+    differs from C it is C.
+    Source: meh and SD.Next `euclidean_add_difference`.
+    """
+    if alpha in (0, 1):
+        return b if alpha else a
+
+    def between(a: Array, b: Array, c: Array) -> Array:
+        return (a - c) * (1 - alpha) + (b - c) * alpha
+
+    squares = gram(a, b, c, of=lambda a, b, c: (a - c, b - c, between(a, b, c)))
+    aa, bb, vv = (float(x) for x in np.diagonal(squares))
+    # a and b have length 1 or 0, so |e|^2 is the sum of the shares of those that are not 0
+    ee = (1 - alpha) * (aa > 0) + alpha * (bb > 0)
+    if ee == 0:
+        return c
+    scale = vv / ee
+    share_a = scale * (1 - alpha) / aa if aa else 0.0
+    share_b = scale * alpha / bb if bb else 0.0
+    xp = namespace(a, b, c)
+
+    def one(a: Array, b: Array, c: Array) -> Array:
+        size = xp.sqrt((a - c) ** 2 * share_a + (b - c) ** 2 * share_b)
+        return c + xp.copysign(size, between(a, b, c))
+
+    return blockwise(one, a, b, c)
+
+
+# -- one direction per row or column --------------------------------------------------------------
+
+
+def prepare_cosine_a(tensors: Tensors, **_: object) -> tuple[float, float]:
+    """Least and greatest column similarity of all keys, without the outer percents."""
+    return _spread(tensors, lambda a, b: _normalised_cosines(a, b)[0])
+
+
+def prepare_cosine_b(tensors: Tensors, **_: object) -> tuple[float, float]:
+    """As `prepare_cosine_a`, of the means of column and tensor similarity."""
+    return _spread(tensors, _mean_cosines)
+
+
+@method("cross", prepare=prepare_cosine_a)
+def cosine_a(
+    a: Array, b: Array, *, alpha: float = 0.0, key: str, state: tuple[float, float]
+) -> Array:
+    """Cosine Similarity A
+
+    s = cosine of A and B along their first axis, g = cosine of the whole tensors (of which each
+    column was brought to length 1), lo and hi = range of s over all keys
+    k = clamp(((s + g)/2 - lo) / (hi - lo) - |alpha|, 0, 1);  R = k A + (1 - k) B
+
+    Keeps A where the models are alike and takes B where they differ; a greater alpha takes more of
+    B. alpha 1 is exactly B, but alpha 0 is not A. The VAE and scalars stay A. Columns without a
+    direction count as alike; where lo = hi, k = 1 - |alpha|. Reads the models twice.
+    Source: supermerger `cosineA`.
+    """
+    if _is_vae(key) or not a.shape:
+        return a
+    s, whole = _normalised_cosines(a, b)
+    c = (np.where(np.isnan(s), 1.0, s) + whole) / 2
+    return _keep_similar(a, b, c, state, abs(alpha))
+
+
+@method("cross", prepare=prepare_cosine_b)
+def cosine_b(
+    a: Array, b: Array, *, alpha: float = 0.0, key: str, state: tuple[float, float]
+) -> Array:
+    """Cosine Similarity B
+
+    s = cosine of A and B along their first axis, g = cosine of the whole tensors, lo and hi = range
+    of c = (s + g)/2 over all keys;  k = clamp((c - lo) / (hi - lo) - alpha, 0, 1)
+    R = k A + (1 - k) B
+
+    Keeps A where the models are alike and takes B where they differ; a greater alpha takes more of
+    B. alpha 1 is exactly B, but alpha 0 is not A. The VAE and scalars stay A. Where lo = hi,
+    k = 1 - alpha. Reads the models twice.
+    Source: supermerger `cosineB`.
+    """
+    if _is_vae(key) or not a.shape:
+        return a
+    c = _mean_cosines(a, b)
+    return _keep_similar(a, b, np.where(np.isnan(c), 1.0, c), state, alpha)
+
+
+@method("tensor")
+def cosine_local_a(a: Array, b: Array, *, alpha: float = 0.0) -> Array:
+    """Cosine Similarity A Within A Tensor
+
+    c = cosine of A and B along their first axis;  k = 1 - clamp(c - alpha, 0, 1)
+    R = (1 - k) A + k B
+
+    As `cosine_a` without statistics over all keys. alpha 1 is exactly B; alpha 0 keeps A only where
+    the columns are parallel. Scalars stay A.
+    Source: sd-mecha `add_cosine_a`.
+    """
+    if not a.shape:
+        return a
+    return _take_different(a, b, _cosines(*_products(0, _matrix(a), _matrix(b))), alpha)
+
+
+@method("tensor")
+def cosine_local_b(a: Array, b: Array, *, alpha: float = 0.0) -> Array:
+    """Cosine Similarity B Within A Tensor
+
+    c = mean of the cosine of A and B along their first axis and that of the whole tensors
+    k = 1 - clamp(c - alpha, 0, 1);  R = (1 - k) A + k B
+
+    As `cosine_b` without statistics over all keys. alpha 1 is exactly B; alpha 0 keeps A only where
+    the tensors are parallel. Scalars stay A.
+    Source: sd-mecha `add_cosine_b`.
+    """
+    if not a.shape:
+        return a
+    products = _products(0, _matrix(a), _matrix(b))
+    whole = _cosines(*(namespace(a).sum(p, keepdims=True) for p in products))
+    return _take_different(a, b, (_cosines(*products) + whole) / 2, alpha)
+
+
+@method("tensor")
+def cosine_gate_blend(a: Array, b: Array, *, alpha: float = 0.5) -> Array:
+    """Cosine Gate Blend
+
+    c = cosine of each output channel of A and B, m = clamp(|alpha| (c + 1)/2, 0, 1)
+    R = (1 - m) A + m B, then mean and standard deviation go half-way back to A's
+
+    Moves the channels in which the models are alike. alpha 0 is exactly A. Tensors of one dimension
+    (biases, norms) and scalars are a weighted sum with alpha / 4.
+    Source: `--cosine0` of Chattiori-Model-Merger.
+    """
+    if alpha == 0:
+        return a
+    if len(a.shape) < 2:
+        return lerp(a, b, 0.25 * alpha)
+    c = _cosines(*_products(1, _matrix(a), _matrix(b)))
+    gate = clip((c + 1) / 2, 0.0, 1.0) * abs(alpha)
+    return match_spread(_mix(a, b, clip(gate, 0.0, 1.0)), a)
+
+
+@method("tensor")
+def channel_cosine_gate(
+    a: Array, b: Array, *, alpha: float = 0.5, beta: Annotated[float, Range(low=0)] = 1.0
+) -> Array:
+    """Channel Cosine Gate
+
+    c = cosine of each output channel of A and B, g = clamp(beta (1 - c), 0, 1)
+    R = (1 - g) A + g ((1 - alpha) A + alpha B)
+
+    Moves the channels in which the models differ, the more the larger beta is, and keeps those in
+    which they are alike. alpha 0 and beta 0 are exactly A. Tensors of one dimension are a weighted
+    sum.
+    Source: `CHAN` of Chattiori-Model-Merger.
+    """
+    if alpha == 0 or beta == 0:
+        return a
+    if len(a.shape) < 2:
+        return lerp(a, b, alpha)
+    c = _cosines(*_products(1, _matrix(a), _matrix(b)), eps=1e-12)
+    return _mix(a, b, clip((1 - c) * beta, 0.0, 1.0) * alpha)
+
+
+@method("tensor")
+def cosine_scaled(
+    a: Array,
+    b: Array,
+    c: Array | None = None,
+    *,
+    alpha: float = 0.5,
+    inverse: bool = False,
+    simple: bool = False,
+) -> Array:
+    """Cosine-Scaled Merge
+
+    s = |cosine of A and B along their first axis|, lo and hi = its range without the outer percents
+    k = clamp((s - lo) / (hi - lo), 0, 1), 1 - k if inverse; its mean if simple
+    R = (1 - alpha k) A + alpha k B, with a third model A + alpha k (B - C)
+
+    A weighted sum (or add difference) that moves the columns in which the models are alike, with
+    inverse those in which they differ; simple gives a whole tensor one number. alpha 0 is exactly
+    A. Where lo = hi, and for scalars, k is 1.
+    Source: the four cosine modes of model-mixer, whose own code never stores the result.
+    """
+    if alpha == 0:
+        return a
+    if not a.shape:
+        return lerp(a, b, alpha) if c is None else a + (b - c) * alpha
+    xp = namespace(a, b)
+    k = xp.abs(_cosines(*_products(0, _matrix(a), _matrix(b))))
+    low, high = _trimmed_range(to_numpy(k))
+    if low < high:
+        k = clip((k - low) / (high - low), 0.0, 1.0)
+        k = 1 - k if inverse else k
+        k = xp.mean(k, keepdims=True) if simple else k
+    else:
+        k = xp.ones_like(k)
+    if c is None:
+        return _mix(a, b, k * alpha)
+    k = xp.astype(k * alpha, a.dtype)
+    x, y, z = (_matrix(v) for v in (a, b, c))
+    return xp.reshape(blockwise(lambda x, y, z, k: x + (y - z) * k, x, y, z, k), a.shape)
+
+
+@method("tensor")
+def extract(
+    a: Array,
+    b: Array,
+    c: Array,
+    *,
+    alpha: Annotated[float, UNIT] = 0.5,
+    beta: Annotated[float, UNIT] = 0.5,
+    gamma: Annotated[float, Range(low=0)] = 0.3,
+    axis: Literal["last", "row"] = "last",
+) -> Array:
+    """Extract Common Or Different Features
+
+    b = B - A, c = C - A, s = cosine of b and c, d = ((s + 1)/2)^gamma
+    R = A + ((1 - alpha) b + alpha c) ((1 - beta) d + beta (1 - d))
+
+    Adds to A what B (alpha 0) or C (alpha 1) changed, where both changed it alike (beta 0) or
+    differently (beta 1). gamma sharpens the choice. axis: the cosine is taken over the last axis
+    (of a convolution the kernel's width, as in supermerger), or over a whole row: everything
+    that shares its first index. Scalars stay A.
+    Source: supermerger `extract` by subaqua.
+    """
+    if not a.shape:
+        return a
+    view = _matrix if axis == "row" and len(a.shape) > 1 else _lines
+    x, y, z = (view(v) for v in (a, b, c))
+    s = _cosines(*_products(1, x, y, z, of=lambda x, y, z: (y - x, z - x)))
+    d = clip((s + 1) / 2, 0.0, 1.0) ** gamma
+    d = namespace(a).astype(d * (1 - beta) + (1 - d) * beta, a.dtype)
+
+    def one(x: Array, y: Array, z: Array, d: Array) -> Array:
+        return x + ((y - x) * (1 - alpha) + (z - x) * alpha) * d
+
+    return namespace(a).reshape(blockwise(one, x, y, z, d), a.shape)
+
+
+# -- shared ---------------------------------------------------------------------------------------
+
+
+def _angle(product: float, lengths: float) -> float:
+    """The angle between two vectors from their dot product and the product of their lengths."""
+    return math.acos(max(-1.0, min(1.0, product / lengths))) if lengths else 0.0
+
+
+def _gram_of(models: Sequence[Array], base: Array | None) -> Any:
+    """Dot products of the models, or of their differences from the base."""
+    if base is None:
+        return gram(*models)
+    return gram(base, *models, of=lambda base, *xs: [x - base for x in xs])
+
+
+def _around(base: Array | None, coefficients: Sequence[float], models: Sequence[Array]) -> Array:
+    """Sum of the models, or of the base and their differences from it, with these coefficients."""
+    cs = [float(c) for c in coefficients]
+    if base is None:
+        return combine(cs, models)
+    return blockwise(
+        lambda base, *xs: base + sum((x - base) * c for c, x in zip(cs, xs, strict=True)),
+        base,
+        *models,
+    )
+
+
+def _matrix(x: Array) -> Array:
+    """Everything after the first axis in one: a conv kernel (o, i, h, w) becomes (o, i h w)."""
+    return namespace(x).reshape(x, (x.shape[0], -1))
+
+
+def _lines(x: Array) -> Array:
+    """Everything before the last axis in one."""
+    return namespace(x).reshape(x, (-1, x.shape[-1]))
+
+
+def _products(
+    axis: Literal[0, 1],
+    *arrays: Array,
+    of: Callable[..., tuple[Array, Array]] = lambda x, y: (x, y),
+) -> tuple[Array, Array, Array]:
+    """x . x, x . y and y . y along one axis of the matrices `x, y = of(*arrays)`.
+
+    float64, with the summed axis kept at length 1. `of` works element by element and is called on
+    blocks of rows.
+    """
+    xp = namespace(*arrays)
+    rows, columns = arrays[0].shape
+    step = max(1, BLOCK // columns) if is_numpy_array(arrays[0]) else rows
+    parts = []
+    for i in range(0, rows, step):
+        x, y = of(*(v[i : i + step, :] for v in arrays))
+        pairs = ((x, x), (x, y), (y, y))
+        if axis == 1:
+            parts.append(xp.stack([xp.sum(p * q, axis=1, keepdims=True) for p, q in pairs]))
+        else:
+            part = xp.stack([xp.sum(p * q, axis=0, keepdims=True) for p, q in pairs])
+            parts = [xp.astype(part, xp.float64) + (parts[0] if parts else 0.0)]
+    xx, xy, yy = xp.unstack(xp.astype(xp.concat(parts, axis=1), xp.float64))
+    return xx, xy, yy
+
+
+def _cosines(xx: Array, xy: Array, yy: Array, eps: float = 1e-8) -> Array:
+    """Cosines from `_products`; 0 where a vector is 0."""
+    xp = namespace(xy)
+    return xy / clip(xp.sqrt(xx * yy), eps, math.inf)
+
+
+def _mix(a: Array, b: Array, t: Array) -> Array:
+    """`mix` of tensors with one t per row or column of their matrices."""
+    xp = namespace(a, b)
+    return xp.reshape(mix(_matrix(a), _matrix(b), xp.astype(t, a.dtype)), a.shape)
+
+
+def _take_different(a: Array, b: Array, c: Array, alpha: float) -> Array:
+    return b if alpha == 1 else _mix(a, b, 1 - clip(c - alpha, 0.0, 1.0))
+
+
+def _keep_similar(a: Array, b: Array, c: Any, state: tuple[float, float], alpha: float) -> Array:
+    if alpha == 1:
+        return b
+    low, high = state
+    k = (c - low) / (high - low) if high > low else np.ones_like(c)
+    return _mix(b, a, like(np.clip(k - alpha, 0, 1), a))
+
+
+def _normalised_cosines(a: Array, b: Array) -> tuple[Any, float]:
+    """Cosine of each column, NaN where one is 0, and of the tensors of normalised columns."""
+    aa, ab, bb = (to_numpy(p) for p in _products(0, _matrix(a), _matrix(b)))
+    sizes = np.sqrt(aa * bb)
+    s = np.where(sizes > 0, ab / np.where(sizes > 0, sizes, 1), np.nan)
+    columns = math.sqrt(np.count_nonzero(aa) * np.count_nonzero(bb))
+    return s, float(np.nansum(s)) / columns if columns else 1.0
+
+
+def _mean_cosines(a: Array, b: Array) -> Any:
+    """Mean of the cosine of each column and that of the tensors; NaN where a tensor is 0."""
+    aa, ab, bb = (to_numpy(p) for p in _products(0, _matrix(a), _matrix(b)))
+    size = math.sqrt(aa.sum() * bb.sum())
+    whole = ab.sum() / size if size else math.nan
+    return (ab / np.maximum(np.sqrt(aa * bb), 1e-8) + whole) / 2
+
+
+def _spread(tensors: Tensors, similarities: Callable[[Array, Array], Any]) -> tuple[float, float]:
+    found = [
+        similarities(*tensors[key]).ravel()
+        for key in tensors
+        if tensors.shape(key) and not _is_vae(key)
+    ]
+    return _trimmed_range(np.concatenate(found)) if found else (1.0, 1.0)
+
+
+def _trimmed_range(values: Any) -> tuple[float, float]:
+    """Least and greatest value between the 1st and the 99th percentile; NaN does not count."""
+    values = values[~np.isnan(values)]
+    if not values.size:
+        return 1.0, 1.0
+    values = values[values >= np.percentile(values, 1, method="midpoint")]
+    values = values[values <= np.percentile(values, 99, method="midpoint")]
+    return float(values.min()), float(values.max())
+
+
+def _is_vae(key: str) -> bool:
+    return key.startswith(("first_stage_model.", "vae."))
