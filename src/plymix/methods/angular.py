@@ -35,6 +35,9 @@ from plymix.registry import Range, method
 
 UNIT = Range(0, 1)
 
+NARROW = 1e-6
+"""A spread of cosines up to this is rounding of float32 weights and counts as none."""
+
 
 # -- one direction per tensor ---------------------------------------------------------------------
 
@@ -503,7 +506,7 @@ def cosine_scaled(
     xp = namespace(a, b)
     k = xp.abs(_cosines(*_products(0, _matrix(a), _matrix(b))))
     low, high = _trimmed_range(to_numpy(k))
-    if low < high:
+    if high - low > NARROW:
         k = clip((k - low) / (high - low), 0.0, 1.0)
         k = 1 - k if inverse else k
         k = xp.mean(k, keepdims=True) if simple else k
@@ -596,22 +599,19 @@ def _products(
 ) -> tuple[Array, Array, Array]:
     """x . x, x . y and y . y along one axis of the matrices `x, y = of(*arrays)`.
 
-    float64, with the summed axis kept at length 1. `of` works element by element and is called on
-    blocks of rows.
+    float64 throughout, because what is asked is often how far a cosine is from 1; the summed axis
+    has length 1. `of` works element by element and is called on blocks of rows.
     """
     xp = namespace(*arrays)
     rows, columns = arrays[0].shape
-    step = max(1, BLOCK // columns) if is_numpy_array(arrays[0]) else rows
+    step = max(1, (BLOCK if is_numpy_array(arrays[0]) else 1 << 24) // columns)
     parts = []
     for i in range(0, rows, step):
-        x, y = of(*(v[i : i + step, :] for v in arrays))
+        x, y = (xp.astype(v, xp.float64) for v in of(*(v[i : i + step, :] for v in arrays)))
         pairs = ((x, x), (x, y), (y, y))
-        if axis == 1:
-            parts.append(xp.stack([xp.sum(p * q, axis=1, keepdims=True) for p, q in pairs]))
-        else:
-            part = xp.stack([xp.sum(p * q, axis=0, keepdims=True) for p, q in pairs])
-            parts = [xp.astype(part, xp.float64) + (parts[0] if parts else 0.0)]
-    xx, xy, yy = xp.unstack(xp.astype(xp.concat(parts, axis=1), xp.float64))
+        parts.append(xp.stack([xp.sum(p * q, axis=axis, keepdims=True) for p, q in pairs]))
+    total = xp.concat(parts, axis=1) if axis == 1 else sum(parts)
+    xx, xy, yy = xp.unstack(total)
     return xx, xy, yy
 
 
@@ -635,7 +635,7 @@ def _keep_similar(a: Array, b: Array, c: Any, state: tuple[float, float], alpha:
     if alpha == 1:
         return b
     low, high = state
-    k = (c - low) / (high - low) if high > low else np.ones_like(c)
+    k = (c - low) / (high - low) if high - low > NARROW else np.ones_like(c)
     return _mix(b, a, like(np.clip(k - alpha, 0, 1), a))
 
 

@@ -1,6 +1,6 @@
 """Small maths that the merge methods share, on arrays of any namespace.
 
-Reductions are summed in rows of 8192 float32 products and then in float64, so a norm of 40 million
+Reductions are summed in rows of 1024 float32 products and then in float64, so a norm of 40 million
 elements keeps seven digits and does not depend on how many threads the BLAS has. What a method
 does to each element after its reductions goes through `blockwise`, which keeps its temporaries in
 the processor's cache; on a GPU it is one call.
@@ -18,7 +18,7 @@ from array_api_compat import array_namespace, device, is_numpy_array
 from plymix.errors import Refusal
 from plymix.methods import Array
 
-ROW = 8192
+ROW = 1024
 """Elements per float32 partial sum; small enough that no BLAS splits it among threads."""
 
 BLOCK = 1 << 16

@@ -105,14 +105,14 @@ def top_k_tensor_sum(
     if c is not None:
         return c + top_k_tensor_sum(a - c, b - c, alpha=alpha, beta=beta)
     start, end, inverted = _region(alpha, beta, numel(a))
-    if start == end:
-        return b if inverted and not a.shape else a
+    if start == end and not inverted:
+        return a
     xp = namespace(a, b)
     flat, order = flatten(a), argsort(b)
     v = xp.sort(flat)
     size = xp.abs(v)
-    low = kth_smallest(size, start) if start > 0 else -1.0
-    chosen = (size > low) & (size <= kth_smallest(size, end))
+    low, high = (kth_smallest(size, k) if k > 0 else -1.0 for k in (start, end))
+    chosen = (size > low) & (size <= high)
     chosen = ~chosen if inverted else chosen
     return xp.reshape(unsort(xp.where(chosen, v, flat[order]), order), a.shape)
 

@@ -141,7 +141,7 @@ def freq_band_blend(
     high = np.maximum(rows[:, None], columns[None, :]) >= cut
     kernels = np.eye(h * w).reshape(-1, h, w)
     passed = np.fft.irfft2(np.fft.rfft2(kernels) * high, s=(h, w)).reshape(h * w, h * w)
-    return _filtered_step(a, b, passed * alpha)
+    return blockwise(lambda a, d: a + d, a, _apply_matrix(b - a, passed * alpha))
 
 
 @method("tensor")
@@ -284,13 +284,6 @@ def _apply_matrix(x: Array, matrix: Any) -> Array:
     xp = namespace(x)
     vectors = xp.reshape(x, (-1, len(matrix)))
     return xp.reshape(xp.matmul(vectors, like(matrix.T, x)), x.shape)
-
-
-def _filtered_step(a: Array, b: Array, matrix: Any) -> Array:
-    """`a` plus the matrix times each vector of trailing elements of `b - a`."""
-    xp, m = namespace(a, b), like(matrix.T, a)
-    a2, b2 = (xp.reshape(x, (-1, len(matrix))) for x in (a, b))
-    return xp.reshape(blockwise(lambda a, b: a + xp.matmul(b - a, m), a2, b2), a.shape)
 
 
 def _box_matrix(size: int) -> Any:
