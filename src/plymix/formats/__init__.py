@@ -1,0 +1,104 @@
+"""Bytes on disk to tensors and back: one file per format.
+
+A format that can be read has `name`, `suffixes`, `sniff(head)` and `open_file(path)`; one that can
+be written has `layout(entries, metadata)` too. The kind of a file is told from its first bytes,
+never from its name.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import ModuleType
+
+from plymix.errors import FormatError, Refusal
+from plymix.formats import safetensors, torch_legacy, torch_zip
+from plymix.formats.base import (
+    BITS,
+    FLOATS,
+    Entry,
+    Handle,
+    Layout,
+    Source,
+    TensorInfo,
+)
+
+__all__ = [
+    "BITS",
+    "FLOATS",
+    "Entry",
+    "Handle",
+    "Layout",
+    "Source",
+    "TensorInfo",
+    "open_model",
+    "writer_for",
+]
+
+READERS: tuple[ModuleType, ...] = (torch_zip, torch_legacy, safetensors)
+WRITERS: dict[str, ModuleType] = {
+    ".safetensors": safetensors,
+    ".sft": safetensors,
+    ".ckpt": torch_zip,
+    ".pt": torch_zip,
+    ".pth": torch_zip,
+}
+
+
+def open_model(path: str | os.PathLike[str]) -> Source:
+    """Open a model file and read its header. Raises Refusal or FormatError, in well under 1 s."""
+    path = Path(path)
+    if not path.exists():
+        raise Refusal(f"{path} does not exist{_nearest(path)}")
+    if path.is_dir():
+        raise Refusal(f"{path} is a folder; name the model file in it")
+    if not path.is_file():
+        raise Refusal(f"{path} is not a regular file; plymix needs positioned reads")
+    handle = Handle(path)
+    try:
+        head = handle.head(64)
+    finally:
+        handle.close()
+    if not head:
+        raise FormatError(f"{path.name} is empty (0 bytes); fetch it again")
+    for reader in READERS:
+        if reader.sniff(head):
+            source: Source = reader.open_file(path)
+            return source
+    raise FormatError(
+        f"{path.name} is neither a safetensors file nor a torch checkpoint: {_looks_like(head)}"
+    )
+
+
+def writer_for(path: Path) -> ModuleType:
+    """The format that a file of this name is written in. Raises Refusal for another ending."""
+    writer = WRITERS.get(path.suffix.lower())
+    if writer is None:
+        raise Refusal(
+            f"{path.name}: cannot tell the format from the ending {path.suffix!r};"
+            " use .safetensors or .ckpt"
+        )
+    return writer
+
+
+def _nearest(path: Path) -> str:
+    from difflib import get_close_matches
+
+    try:
+        names = [p.name for p in path.parent.iterdir() if p.is_file()]
+    except OSError:
+        return ""
+    near = get_close_matches(path.name, names, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _looks_like(head: bytes) -> str:
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a git-lfs pointer; fetch the real file with `git lfs pull`"
+    if head[:4] == b"GGUF":
+        return "it is GGUF, which plymix does not read yet"
+    if head.lstrip()[:1] == b"<":
+        return "it looks like a web page; fetch the model itself"
+    if head[:6] in (b"\x1f\x8b\x08", b"7z\xbc\xaf'\x1c") or head[:2] == b"\x1f\x8b":
+        return "it is a compressed archive; unpack it first"
+    return f"it begins with {head[:8].hex(' ')}"

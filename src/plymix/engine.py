@@ -1,0 +1,683 @@
+"""Plan -> file: read, compute, cast, write, in any number of threads, in bounded memory.
+
+The plan is cut into work items. An item owns a range of the output, so threads never meet and
+the bytes do not depend on who does what, or when:
+
+* copies: neighbouring tensors that come from one file unchanged are one range, moved by the kernel
+  (`copy_file_range`) where it can;
+* sums: neighbouring tensors with the same coefficients are one span, computed in chunks that stay
+  in the processor's cache;
+* chunks of element-wise methods; whole tensors for methods that need them.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol, Union
+
+import numpy as np
+
+from plymix import kernels
+from plymix.errors import Cancelled, Failure, PlymixError
+from plymix.expr import Call, Const, Expr, Leaf, Narrow, Patch, Sum, Tensor, calls, leaves
+from plymix.formats.base import BITS, Handle, Source
+from plymix.registry import get_method
+
+SPAN = 16 << 20
+"""Bytes of output per work item at most."""
+
+CHUNK = 1 << 17
+"""Elements read and computed at a time within an item."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a merge is. `phase` is a word for people: "merging", "hashing" ..."""
+
+    phase: str
+    done: int
+    total: int
+    seconds: float
+
+
+ProgressCallback = Callable[[Progress], object]
+"""Called a few times a second from the calling thread. Returning False stops the merge cleanly."""
+
+
+# --- work items ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class CopyItem:
+    source: int
+    file: int
+    offset: int
+    at: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """One contiguous input of a sum: coefficient, where it lies, dtype."""
+
+    c: float
+    source: int
+    file: int
+    offset: int
+    dtype: str
+
+    @property
+    def size(self) -> int:
+        return BITS[self.dtype] // 8
+
+
+@dataclass(frozen=True, slots=True)
+class SumItem:
+    operands: tuple[Operand, ...]
+    dtype: str
+    numel: int
+    at: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * BITS[self.dtype] // 8
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkItem:
+    """Elements [start, start + numel) of a tensor made by element-wise methods."""
+
+    tensor: Tensor
+    start: int
+    numel: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * BITS[self.tensor.dtype] // 8
+
+
+@dataclass(frozen=True, slots=True)
+class WholeItem:
+    tensor: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.nbytes
+
+
+Item = Union[CopyItem, SumItem, ChunkItem, WholeItem]
+
+
+def items(tensors: Sequence[Tensor]) -> list[Item]:
+    """The work that `tensors` need, joined where neighbours allow it and cut to SPAN."""
+    joined: list[Item] = []
+    for tensor in sorted(tensors, key=lambda t: t.offset):
+        if not tensor.nbytes:
+            continue
+        item = _item(tensor)
+        both = _join(joined[-1], item) if joined else None
+        if both is not None:
+            joined[-1] = both
+        else:
+            joined.append(item)
+    return [part for item in joined for part in _cut(item)]
+
+
+def _item(tensor: Tensor) -> Item:
+    expr = tensor.expr
+    if isinstance(expr, Leaf) and expr.info.dtype == tensor.dtype and expr.info.strides is None:
+        info = expr.info
+        return CopyItem(expr.source, info.file, info.offset, tensor.offset, tensor.nbytes)
+    terms = _terms(expr)
+    if terms:
+        operands = tuple(
+            Operand(c, x.source, x.info.file, x.info.offset, x.info.dtype) for c, x in terms
+        )
+        return SumItem(operands, tensor.dtype, tensor.numel, tensor.offset)
+    if chunkable(expr):
+        return ChunkItem(tensor, 0, tensor.numel)
+    return WholeItem(tensor)
+
+
+def _terms(expr: Expr) -> tuple[tuple[float, Leaf], ...]:
+    """The terms of a sum of contiguous tensors, or () when `expr` is not one."""
+    terms = expr.terms if isinstance(expr, Sum) else ((1.0, expr),)
+    found = tuple((c, x) for c, x in terms if isinstance(x, Leaf) and x.info.strides is None)
+    return found if len(found) == len(terms) else ()
+
+
+def chunkable(expr: Expr) -> bool:
+    """Whether every element of `expr` depends on the same element of contiguous inputs only."""
+    return (
+        all(get_method(call.method).kind in ("linear", "elementwise") for call in calls(expr))
+        and all(leaf.info.strides is None for leaf in leaves(expr))
+        and not _reshaped(expr)
+    )
+
+
+def _reshaped(expr: Expr) -> bool:
+    """Whether `expr` holds a node that is not element by element of its leaves."""
+    if isinstance(expr, Sum):
+        return any(_reshaped(term) for _, term in expr.terms)
+    if isinstance(expr, Call):
+        return any(map(_reshaped, expr.args))
+    return not isinstance(expr, Leaf)
+
+
+def _join(a: Item, b: Item) -> Item | None:
+    """`a` and `b` as one item when `b` goes on where `a` ends, on every side."""
+    if isinstance(a, CopyItem) and isinstance(b, CopyItem):
+        here = (a.source, a.file, a.offset + a.nbytes, a.at + a.nbytes)
+        if here == (b.source, b.file, b.offset, b.at):
+            return replace(a, nbytes=a.nbytes + b.nbytes)
+    if isinstance(a, SumItem) and isinstance(b, SumItem):
+        after = tuple(replace(o, offset=o.offset + a.numel * o.size) for o in a.operands)
+        if (a.dtype, a.at + a.nbytes, after) == (b.dtype, b.at, b.operands):
+            return replace(a, numel=a.numel + b.numel)
+    return None
+
+
+def _cut(item: Item) -> Iterator[Item]:
+    if isinstance(item, CopyItem):
+        for start in range(0, item.nbytes, SPAN):
+            n = min(SPAN, item.nbytes - start)
+            yield replace(item, offset=item.offset + start, at=item.at + start, nbytes=n)
+    elif isinstance(item, SumItem):
+        size = BITS[item.dtype] // 8
+        step = SPAN // size
+        for start in range(0, item.numel, step):
+            operands = tuple(replace(o, offset=o.offset + start * o.size) for o in item.operands)
+            n = min(step, item.numel - start)
+            yield SumItem(operands, item.dtype, n, item.at + start * size)
+    elif isinstance(item, ChunkItem):
+        step = SPAN // 4
+        for start in range(0, item.numel, step):
+            yield ChunkItem(item.tensor, start, min(step, item.numel - start))
+    else:
+        yield item
+
+
+# --- where the bytes go -------------------------------------------------------------------------
+
+
+class Target(Protocol):
+    """Somewhere the output's bytes can be put at any offset."""
+
+    def write_at(self, offset: int, data: Any) -> None: ...
+
+    def read_at(self, offset: int, out: Any) -> None: ...
+
+    def copy_from(self, handle: Any, offset: int, at: int, nbytes: int) -> int:
+        """Move bytes without touching them; returns how many were moved (0: not possible)."""
+        ...
+
+
+class MemoryTarget:
+    """The finished file's bytes in memory."""
+
+    def __init__(self, size: int) -> None:
+        self.data = bytearray(size)
+
+    def write_at(self, offset: int, data: Any) -> None:
+        view = memoryview(data).cast("B")
+        self.data[offset : offset + len(view)] = view
+
+    def read_at(self, offset: int, out: Any) -> None:
+        view = memoryview(out).cast("B")
+        view[:] = self.data[offset : offset + len(view)]
+
+    def copy_from(self, handle: Any, offset: int, at: int, nbytes: int) -> int:
+        handle.read_at(offset, memoryview(self.data)[at : at + nbytes])
+        return nbytes
+
+
+class FileTarget:
+    """An open file written at positions: `pwrite` where the system has it, seek elsewhere."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._lock = threading.Lock()
+        self._can_copy = hasattr(os, "copy_file_range")
+
+    def write_at(self, offset: int, data: Any) -> None:
+        view = memoryview(data).cast("B")
+        positioned = hasattr(os, "pwrite")
+        while len(view):
+            if positioned:
+                n = os.pwrite(self.fd, view, offset)
+            else:
+                with self._lock:
+                    os.lseek(self.fd, offset, os.SEEK_SET)
+                    n = os.write(self.fd, view)
+            offset += n
+            view = view[n:]
+
+    def read_at(self, offset: int, out: Any) -> None:
+        view = memoryview(out).cast("B")
+        while len(view):
+            with self._lock:
+                os.lseek(self.fd, offset, os.SEEK_SET)
+                data = os.read(self.fd, len(view))
+            if not data:
+                raise Failure("the file being written became shorter meanwhile")
+            view[: len(data)] = data
+            offset += len(data)
+            view = view[len(data) :]
+
+    def copy_from(self, handle: Any, offset: int, at: int, nbytes: int) -> int:
+        if not self._can_copy or not isinstance(handle, Handle):
+            return 0
+        try:
+            return os.copy_file_range(handle.fd, self.fd, nbytes, offset, at)
+        except OSError as e:
+            if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG):
+                raise
+            self._can_copy = False  # another file system, an old kernel: read and write instead
+            return 0
+
+
+# --- doing it -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Job:
+    """What the workers share: inputs, target, `prepare` states, progress, the wish to stop."""
+
+    sources: Sequence[Source]
+    target: Target
+    state: dict[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
+    done: int = 0
+    stop: bool = False
+    error: BaseException | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, nbytes: int) -> None:
+        with self.lock:
+            self.done += nbytes
+        if self.stop:
+            raise Cancelled("stopped; nothing was written")
+
+
+class Worker:
+    """One thread's reusable buffers and its way through the items."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self._buffers: list[bytearray] = []
+        self._sums: dict[Any, kernels.Sum] = {}
+
+    def buffer(self, i: int, nbytes: int) -> memoryview:
+        """Scratch number `i`. Reused: fresh memory costs more than the arithmetic."""
+        while len(self._buffers) <= i:
+            self._buffers.append(bytearray())
+        if len(self._buffers[i]) < nbytes:
+            self._buffers[i] = bytearray(nbytes)
+        return memoryview(self._buffers[i])[:nbytes]
+
+    def run(self, item: Item) -> None:
+        match item:
+            case CopyItem():
+                self._copy(item)
+            case SumItem() if self.job.device == "cpu":
+                self._sum(item)
+            case SumItem():
+                self._sum_on_device(item)
+            case ChunkItem():
+                self._chunk(item)
+            case WholeItem():
+                tensor = item.tensor
+                data = self._finished(tensor, self.evaluate(tensor.expr))
+                self.job.target.write_at(tensor.offset, data)
+                self.job.add(tensor.nbytes)
+
+    def _copy(self, item: CopyItem) -> None:
+        handle = self.job.sources[item.source].handles[item.file]
+        moved = 0
+        while moved < item.nbytes:
+            left = item.nbytes - moved
+            n = self.job.target.copy_from(handle, item.offset + moved, item.at + moved, left)
+            if not n:
+                n = min(left, 1 << 20)
+                buffer = self.buffer(0, n)
+                handle.read_at(item.offset + moved, buffer)
+                self.job.target.write_at(item.at + moved, buffer)
+            moved += n
+            self.job.add(n)
+
+    def _sum(self, item: SumItem) -> None:
+        key = (tuple((o.c, o.dtype) for o in item.operands), item.dtype)
+        total = self._sums.get(key)
+        if total is None:
+            self._sums.clear()  # spans with equal coefficients come one after the other
+            total = self._sums[key] = kernels.Sum(*key)
+        size = BITS[item.dtype] // 8
+        for start in range(0, item.numel, CHUNK):
+            n = min(CHUNK, item.numel - start)
+            inputs = []
+            for i, o in enumerate(item.operands):
+                buffer = self.buffer(i + 1, n * o.size)
+                source = self.job.sources[o.source]
+                source.read_at(o.file, o.offset + start * o.size, buffer)
+                inputs.append(buffer)
+            out = self.buffer(0, n * size)
+            for a in range(0, n, kernels.BLOCK):
+                m = min(kernels.BLOCK, n - a)
+                parts = [
+                    x[a * o.size : (a + m) * o.size]
+                    for x, o in zip(inputs, item.operands, strict=True)
+                ]
+                total(m, parts, out[a * size : (a + m) * size])
+            self.job.target.write_at(item.at + start * size, out)
+            self.job.add(n * size)
+
+    def _sum_on_device(self, item: SumItem) -> None:
+        """The same sum in float64 by torch; inputs and result cross the bus in their own dtype."""
+        from plymix import gpu
+
+        inputs = []
+        for i, o in enumerate(item.operands):
+            buffer = self.buffer(i + 1, item.numel * o.size)
+            self.job.sources[o.source].read_at(o.file, o.offset, buffer)
+            inputs.append((o.c, o.dtype, buffer))
+        out = gpu.linear_sum(inputs, item.dtype, self.job.device)
+        self.job.target.write_at(item.at, out)
+        self.job.add(item.nbytes)
+
+    def _chunk(self, item: ChunkItem) -> None:
+        tensor = item.tensor
+        size = BITS[tensor.dtype] // 8
+        for start in range(item.start, item.start + item.numel, CHUNK):
+            n = min(CHUNK, item.start + item.numel - start)
+            data = self._finished(tensor, self.evaluate(tensor.expr, (start, n)))
+            self.job.target.write_at(tensor.offset + start * size, data)
+            self.job.add(n * size)
+
+    def _finished(self, tensor: Tensor, value: Any) -> Any:
+        if isinstance(value, bytes):
+            return value
+        return kernels.narrowed(_to_numpy(value), tensor.dtype)
+
+    def evaluate(self, expr: Expr, part: tuple[int, int] | None = None) -> Any:
+        """`expr` as a float32 array: whole, or elements [start, start + n) of it, flat."""
+        match expr:
+            case Leaf():
+                return self._load(expr, part)
+            case Sum():
+                return self._sum_of_arrays(expr, part)
+            case Call():
+                return self._call(expr, [self.evaluate(arg, part) for arg in expr.args])
+            case Patch():
+                wide = _to_numpy(self.evaluate(expr.wide)).copy()
+                wide[:, : expr.channels] = _to_numpy(self.evaluate(expr.inner))
+                return wide
+            case Narrow():
+                return self.evaluate(expr.wide)[:, : expr.channels]
+            case Const():
+                return expr.data
+
+    def _load(self, leaf: Leaf, part: tuple[int, int] | None) -> Any:
+        info, source = leaf.info, self.job.sources[leaf.source]
+        if part is None:
+            array = kernels.float32(source.read(info), info.dtype).reshape(info.shape)
+        else:
+            start, n = part
+            size = BITS[info.dtype] // 8
+            data = self.buffer(1, n * size)
+            source.read_at(info.file, info.offset + start * size, data)
+            array = kernels.float32(data, info.dtype)
+        if self.job.device != "cpu":
+            from plymix import gpu
+
+            return gpu.to_device(array, self.job.device)
+        return array
+
+    def _sum_of_arrays(self, expr: Sum, part: tuple[int, int] | None) -> Any:
+        arrays = [self.evaluate(term, part) for _, term in expr.terms]
+        return weighted(arrays, [c for c, _ in expr.terms])
+
+    def _call(self, call: Call, args: list[Any]) -> Any:
+        method = get_method(call.method)
+        params = dict(call.params)
+        if "key" in method.given:
+            params["key"] = call.key
+        if "rng" in method.given:
+            params["rng"] = lambda i: generator(call.seed, call.key, call.models[i])
+        if "state" in method.given:
+            params["state"] = self.job.state[call.step]
+        return method.function(*args, **params)
+
+
+def weighted(arrays: Sequence[Any], coefficients: Sequence[float]) -> Any:
+    """sum(c * x) of float32 arrays, accumulated block by block in float64, rounded once."""
+    if isinstance(arrays[0], np.ndarray):
+        out = np.empty_like(arrays[0])
+        total = kernels.Sum([(c, "F32") for c in coefficients], "F32")
+        flat = [np.ascontiguousarray(x).reshape(-1) for x in arrays]
+        for at in range(0, out.size, kernels.BLOCK):
+            n = min(kernels.BLOCK, out.size - at)
+            total(n, [x[at : at + n] for x in flat], out.reshape(-1)[at : at + n])
+        return out
+    result = sum(c * x.double() for c, x in zip(coefficients, arrays, strict=True))
+    return result.float()  # type: ignore[union-attr]
+
+
+def generator(seed: int, key: str, model: int) -> np.random.Generator:
+    """The random stream of one model's tensor: Philox, from (seed, key, model) alone."""
+    import hashlib
+
+    digest = hashlib.sha256(f"{seed}\0{key}\0{model}".encode()).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+
+
+def _to_numpy(value: Any) -> Any:
+    return value if isinstance(value, np.ndarray) else value.detach().cpu().numpy()
+
+
+class PlanTensors:
+    """What a method's `prepare` sees: all its calls in the plan, their inputs read when asked."""
+
+    def __init__(self, worker: Worker, found: dict[str, Call]) -> None:
+        self._worker = worker
+        self._calls = found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._calls)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._calls
+
+    def __getitem__(self, key: str) -> tuple[Any, ...]:
+        self._worker.job.add(0)
+        return tuple(self._worker.evaluate(arg) for arg in self._calls[key].args)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return next(leaves(self._calls[key])).info.shape
+
+
+def prepare(job: Job, tensors: Sequence[Tensor]) -> None:
+    """Run the `prepare` of every step that has one, inner steps first."""
+    found: dict[str, dict[str, Call]] = {}
+    for tensor in tensors:
+        for call in calls(tensor.expr):
+            if get_method(call.method).prepare is not None:
+                found.setdefault(call.step, {})[call.key] = call
+    for step, by_key in sorted(found.items(), key=lambda s: _depth(next(iter(s[1].values())))):
+        first = next(iter(by_key.values()))
+        first_pass = get_method(first.method).prepare
+        assert first_pass is not None
+        job.state[step] = first_pass(PlanTensors(Worker(job), by_key), **dict(first.params))
+
+
+def _depth(expr: Expr) -> int:
+    return sum(1 for _ in calls(expr))
+
+
+def perform(
+    job: Job,
+    tensors: Sequence[Tensor],
+    *,
+    threads: int = 0,
+    progress: ProgressCallback | None = None,
+) -> None:
+    """Write every one of `tensors` to the job's target. Raises Cancelled or Failure."""
+    work = items(tensors)
+    total = sum(item.nbytes for item in work)
+    began = time.monotonic()
+    prepare(job, tensors)
+    position = iter(work)
+
+    def loop() -> None:
+        worker = Worker(job)
+        try:
+            while not job.stop:
+                with job.lock:
+                    item = next(position, None)
+                if item is None:
+                    return
+                worker.run(item)
+        except BaseException as e:
+            with job.lock:
+                job.error = job.error or e
+                job.stop = True
+
+    count = min(threads or available_cpus(), max(1, len(work)))
+    pool = [threading.Thread(target=loop, daemon=True) for _ in range(count)]
+    for thread in pool:
+        thread.start()
+    try:
+        while any(thread.is_alive() for thread in pool):
+            pool[-1].join(0.1)
+            for thread in pool[:-1]:
+                thread.join(0)
+            if not pool[-1].is_alive():
+                for thread in pool[:-1]:
+                    thread.join(0.1)
+            now = Progress("merging", job.done, total, time.monotonic() - began)
+            if progress is not None and progress(now) is False:
+                job.stop = True
+    except BaseException as e:  # Ctrl-C, or the callback's own error
+        job.error = job.error or e
+    finally:
+        if job.error is not None:
+            job.stop = True
+        for thread in pool:
+            thread.join()
+    if job.error is not None:
+        raise job.error
+    if job.stop:
+        raise Cancelled("stopped; nothing was written")
+
+
+def available_cpus() -> int:
+    """Processors this process may use, at most 8: beyond that the disk is the limit."""
+    if hasattr(os, "sched_getaffinity"):
+        return min(8, len(os.sched_getaffinity(0)))
+    return min(8, os.cpu_count() or 1)
+
+
+# --- the finished file --------------------------------------------------------------------------
+
+TEMPORARY = ".plymix-tmp"
+
+
+class AtomicFile:
+    """A file that gets its name when it is finished: temporary name, fsync, rename.
+
+    Use it as a context manager; `commit()` makes it real. Without it nothing is left behind. What
+    a killed run left behind for the same name is removed.
+    """
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.path = path
+        self.temporary = path.with_name(f".{path.name[:180]}.{os.getpid()}{TEMPORARY}")
+        self.size = size
+
+    def __enter__(self) -> FileTarget:
+        _sweep(self.path)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        try:
+            self.fd = os.open(self.temporary, flags, 0o666)
+        except OSError as e:
+            raise Failure(f"cannot write in {self.path.parent}: {e.strerror}") from None
+        try:
+            self._reserve()
+        except BaseException:
+            self._discard()
+            raise
+        return FileTarget(self.fd)
+
+    def _reserve(self) -> None:
+        """Have the disk promise the whole size now, not fail at 90 %."""
+        try:
+            if hasattr(os, "posix_fallocate") and self.size:
+                os.posix_fallocate(self.fd, 0, self.size)
+            else:
+                os.truncate(self.fd, self.size)
+        except OSError as e:
+            if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise self.full(e) from None
+            os.truncate(self.fd, self.size)  # a file system that cannot promise
+
+    def full(self, e: OSError) -> Failure:
+        import shutil
+
+        free = shutil.disk_usage(self.path.parent).free
+        return Failure(
+            f"no room for {self.path.name}: it needs {self.size:,} bytes and"
+            f" {self.path.parent} has about {free:,} free ({e.strerror}); nothing was written"
+        )
+
+    def commit(self) -> None:
+        os.fsync(self.fd)
+        os.close(self.fd)
+        self.fd = -1
+        os.replace(self.temporary, self.path)
+        if hasattr(os, "O_DIRECTORY"):
+            folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(folder)
+            except OSError:
+                pass  # some network file systems refuse; the rename is done all the same
+            finally:
+                os.close(folder)
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if self.fd >= 0:
+            self._discard()
+        if isinstance(error, OSError) and not isinstance(error, PlymixError):
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise self.full(error) from None
+            raise Failure(f"writing {self.path.name} failed: {error.strerror}") from None
+
+    def _discard(self) -> None:
+        os.close(self.fd)
+        self.fd = -1
+        self.temporary.unlink(missing_ok=True)
+
+
+def _sweep(path: Path) -> None:
+    """Remove temporaries of `path` whose process is gone (a kill -9, a power cut)."""
+    prefix = f".{path.name[:180]}."
+    for found in path.parent.glob("." + "*" + TEMPORARY):
+        pid = found.name[len(prefix) : -len(TEMPORARY)]
+        if found.name.startswith(prefix) and pid.isdigit() and not _alive(int(pid)):
+            found.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    if os.name == "nt":
+        return True  # signal 0 is not a question there; leave it
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True

@@ -1,0 +1,207 @@
+"""What one tensor of the result is made of: small frozen values that compare by content.
+
+    Leaf   a tensor of an input file
+    Sum    sum of coefficient x expression; every nest of linear methods folds into one
+    Call   a method that is not linear, applied to expressions
+    Patch  the first input channels of a wide tensor replaced by an expression
+    Narrow the first input channels of an expression
+    Const  bytes known at planning time
+
+`Tensor` joins such a value with its place in the output.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Union
+
+from plymix.formats.base import BITS, TensorInfo
+from plymix.registry import Method
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """Tensor `info` of input number `source`."""
+
+    source: int
+    info: TensorInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """sum(coefficient * expression); without terms it is zero."""
+
+    terms: tuple[tuple[float, Expr], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """`method(*args, **params)` at the tensor with the canonical name `key`.
+
+    `models` are the positions of `args` among the step's inputs (they differ where a model lacks
+    the tensor); random draws are seeded by (`seed`, `key`, position). `step` names the recipe's
+    step, whose `prepare` state the engine keeps.
+    """
+
+    step: str
+    method: str
+    args: tuple[Expr, ...]
+    params: tuple[tuple[str, Any], ...]
+    key: str
+    seed: int
+    models: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """`wide` with its first `channels` entries of axis 1 taken from `inner`."""
+
+    wide: Expr
+    inner: Expr
+    channels: int
+
+
+@dataclass(frozen=True, slots=True)
+class Narrow:
+    """`wide` with only its first `channels` entries of axis 1."""
+
+    wide: Expr
+    channels: int
+
+
+@dataclass(frozen=True, slots=True)
+class Const:
+    """Bytes in the output's dtype."""
+
+    data: bytes
+
+
+Expr = Union[Leaf, Sum, Call, Patch, Narrow, Const]
+
+
+def leaves(expr: Expr) -> Iterator[Leaf]:
+    """Every Leaf in `expr`, with repetitions."""
+    match expr:
+        case Leaf():
+            yield expr
+        case Sum():
+            for _, term in expr.terms:
+                yield from leaves(term)
+        case Call():
+            for arg in expr.args:
+                yield from leaves(arg)
+        case Patch():
+            yield from leaves(expr.wide)
+            yield from leaves(expr.inner)
+        case Narrow():
+            yield from leaves(expr.wide)
+
+
+def calls(expr: Expr) -> Iterator[Call]:
+    """Every Call in `expr`, inner ones first."""
+    match expr:
+        case Sum():
+            for _, term in expr.terms:
+                yield from calls(term)
+        case Call():
+            for arg in expr.args:
+                yield from calls(arg)
+            yield expr
+        case Patch():
+            yield from calls(expr.wide)
+            yield from calls(expr.inner)
+        case Narrow():
+            yield from calls(expr.wide)
+
+
+def narrow(expr: Expr, channels: int) -> Expr:
+    """The first `channels` entries of axis 1 of `expr`, read as such where that is possible."""
+    match expr:
+        case Leaf(source, info) if info.strides is None:
+            strides = tuple(math.prod(info.shape[i + 1 :]) for i in range(len(info.shape)))
+            shape = (info.shape[0], channels, *info.shape[2:])
+            return Leaf(source, replace(info, shape=shape, strides=strides))
+        case Sum():
+            return Sum(tuple((c, narrow(term, channels)) for c, term in expr.terms))
+        case Patch() if expr.channels == channels:
+            return expr.inner
+    return Narrow(expr, channels)
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of the output: its name there, where its bytes go, what they are made of."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    expr: Expr
+    offset: int = 0
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * BITS[self.dtype] // 8
+
+
+class Linear:
+    """A linear expression that adds and scales like a tensor does.
+
+    The planner hands these to the very functions that the engine hands arrays, so a linear method
+    is written once. Coefficients are Python floats.
+    """
+
+    def __init__(self, terms: Mapping[Expr, float]) -> None:
+        self.terms = dict(terms)
+
+    @classmethod
+    def of(cls, expr: Expr) -> Linear:
+        if isinstance(expr, Sum):
+            return cls({term: c for c, term in expr.terms})
+        return cls({expr: 1.0})
+
+    def expr(self) -> Expr:
+        """The folded expression: zero terms dropped, a lone term of weight 1 unwrapped."""
+        terms = tuple((c, e) for e, c in self.terms.items() if c != 0.0)
+        if len(terms) == 1 and terms[0][0] == 1.0:
+            return terms[0][1]
+        return Sum(terms)
+
+    def __add__(self, other: Linear | float) -> Linear:
+        if not isinstance(other, Linear):
+            if other == 0:  # lets `sum(models)` start at 0
+                return self
+            return NotImplemented
+        total = dict(self.terms)
+        for e, c in other.terms.items():
+            total[e] = total.get(e, 0.0) + c
+        return Linear(total)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Linear) -> Linear:
+        return self + other * -1.0
+
+    def __neg__(self) -> Linear:
+        return self * -1.0
+
+    def __mul__(self, factor: float) -> Linear:
+        return Linear({e: c * float(factor) for e, c in self.terms.items()})
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> Linear:
+        return Linear({e: c / float(divisor) for e, c in self.terms.items()})
+
+
+def apply(method: Method, args: tuple[Expr, ...], params: Mapping[str, Any], call: Call) -> Expr:
+    """`method` on `args`: folded when it is linear, else `call` (which holds the same arguments)."""
+    if method.kind != "linear":
+        return call
+    result: Linear = method.function(*map(Linear.of, args), **params)
+    return result.expr()

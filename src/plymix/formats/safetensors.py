@@ -1,0 +1,142 @@
+"""safetensors: 8 bytes of header length, a JSON header, then the tensors' bytes.
+
+Source: https://github.com/huggingface/safetensors ("Format"). The reader is stricter than the
+library in one point: a key that occurs twice is refused, as the format text demands.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from plymix.errors import FormatError
+from plymix.formats.base import BITS, Entry, Handle, Layout, Source, TensorInfo
+
+name = "safetensors"
+suffixes = (".safetensors", ".sft")
+MAX_HEADER = 100_000_000  # the library's limit
+MAX_RANK = 64
+
+
+def sniff(head: bytes) -> bool:
+    """Whether `head` (the first 16 bytes or more) can begin a safetensors file."""
+    return len(head) >= 9 and head[8:10].lstrip()[:1] == b"{"
+
+
+def open_file(path: Path) -> Source:
+    """Read the header of `path`. Raises FormatError when the file is not what the format allows."""
+    handle = Handle(path)
+    try:
+        metadata, tensors = _parse(handle)
+    except BaseException:
+        handle.close()
+        raise
+    return Source(path, name, tensors, metadata, handles=(handle,))
+
+
+def _parse(handle: Handle) -> tuple[dict[str, str], dict[str, TensorInfo]]:
+    file = handle.path.name
+
+    def bad(what: str) -> FormatError:
+        return FormatError(f"{file} is not a sound safetensors file: {what}; fetch it again")
+
+    if handle.size < 10:
+        raise bad(f"it has {handle.size} bytes")
+    length = int.from_bytes(handle.head(8), "little")
+    if length > MAX_HEADER:
+        raise bad(f"its header claims {length:,} bytes (limit {MAX_HEADER:,})")
+    if 8 + length > handle.size:
+        raise bad(f"its header claims {length:,} bytes and the file has {handle.size:,}")
+    try:
+        header = json.loads(handle.head(length, 8).decode("utf-8"), object_pairs_hook=_no_twins)
+    except (ValueError, RecursionError) as e:
+        reason = "nested too deeply" if isinstance(e, RecursionError) else str(e)
+        raise bad(f"its header is not JSON ({reason[:120]})") from None
+    if not isinstance(header, dict):
+        raise bad("its header is not a JSON object")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or any(not isinstance(v, str) for v in metadata.values()):
+        raise bad("its __metadata__ is not a map of strings to strings")
+    start = 8 + length
+    tensors: dict[str, TensorInfo] = {}
+    spans: list[tuple[int, int, str]] = []
+    for key, entry in header.items():
+        info, end = _entry(key, entry, start, bad)
+        tensors[key] = info
+        spans.append((info.offset, end, key))
+    at = start
+    for begin, end, key in sorted(spans):
+        if begin != at:
+            what = "overlaps its neighbour" if begin < at else "leaves a hole before it"
+            raise bad(f"tensor {key!r} {what}")
+        at = end
+    if at > handle.size:
+        raise FormatError(
+            f"{file} is truncated: its tensors end at byte {at:,} and the file has"
+            f" {handle.size:,}; fetch it again"
+        )
+    if at != handle.size:
+        raise bad(f"{handle.size - at:,} bytes follow its last tensor")
+    return metadata, tensors
+
+
+def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twin = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
+        raise ValueError(f"key {twin!r} occurs twice")
+    return found
+
+
+def _natural(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _entry(key: str, entry: Any, start: int, bad: Any) -> tuple[TensorInfo, int]:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise bad(f"entry {key!r} is not dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise bad(f"tensor {key!r} has the unknown dtype {dtype!r}")
+    if not isinstance(shape, list) or len(shape) > MAX_RANK or not all(map(_natural, shape)):
+        raise bad(f"tensor {key!r} has the shape {str(shape)[:80]}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_natural, offsets)):
+        raise bad(f"tensor {key!r} has the offsets {str(offsets)[:80]}")
+    info = TensorInfo(key, dtype, tuple(shape), start + offsets[0])
+    if info.numel * BITS[dtype] % 8 or offsets[1] - offsets[0] != info.nbytes:
+        raise bad(
+            f"tensor {key!r} ({dtype} {shape}) needs {info.nbytes:,} bytes"
+            f" and has {offsets[1] - offsets[0]:,}"
+        )
+    return info, start + offsets[1]
+
+
+def layout(entries: Sequence[Entry], metadata: Mapping[str, str]) -> Layout:
+    """Where everything goes. Tensors keep the order of `entries` within their dtype's size class.
+
+    Larger element sizes come first, as in files by the library, so that every tensor is aligned
+    to its element size.
+    """
+    ordered = sorted(entries, key=lambda e: -BITS[e.dtype])
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offsets: dict[str, int] = {}
+    at = 0
+    for e in ordered:
+        header[e.name] = {"dtype": e.dtype, "shape": e.shape, "data_offsets": [at, at + e.nbytes]}
+        offsets[e.name] = at
+        at += e.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER:
+        raise FormatError(
+            f"the header would have {len(text):,} bytes; safetensors allows {MAX_HEADER:,}"
+        )
+    start = 8 + len(text)
+    return Layout(
+        offsets={key: start + offset for key, offset in offsets.items()},
+        size=start + at,
+        pieces=[(0, len(text).to_bytes(8, "little") + text)],
+    )

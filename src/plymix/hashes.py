@@ -1,0 +1,112 @@
+"""Hashes of model files, as the tools of the field define them, with a cache.
+
+SHA-256 of a file costs more than merging it, so it is computed once and remembered by (path, size,
+modification time, inode) in the user's cache folder (`PLYMIX_CACHE` names another one).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from plymix.errors import Cancelled
+
+CHUNK = 1 << 20
+_lock = threading.Lock()
+
+
+def cache_folder() -> Path:
+    """Where plymix keeps what it can compute again."""
+    if wish := os.environ.get("PLYMIX_CACHE"):
+        return Path(wish)
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home())) / "plymix"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "plymix"
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "plymix"
+
+
+def _identity(path: Path) -> str:
+    stat = path.stat()
+    return f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
+
+
+def _load() -> dict[str, str]:
+    try:
+        found = json.loads((cache_folder() / "sha256.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def known_sha256(path: Path) -> str | None:
+    """The SHA-256 of `path` if it was computed before and the file has not changed since."""
+    value = _load().get(_identity(path))
+    return value if isinstance(value, str) and len(value) == 64 else None
+
+
+def sha256(path: Path, stopped: Callable[[], bool] = lambda: False) -> str:
+    """SHA-256 of the whole file, lower-case hex; from the cache when it is known there.
+
+    `stopped` is asked between chunks; when it says True, Cancelled is raised.
+    """
+    if found := known_sha256(path):
+        return found
+    before = _identity(path)
+    value = _digest(path, 0, None, stopped)
+    if _identity(path) == before:
+        _remember(before, value)
+    return value
+
+
+def data_sha256(path: Path, start: int) -> str:
+    """SHA-256 of the file from byte `start` on.
+
+    With the end of a safetensors header as `start` it is kohya's `sshs_model_hash`, whose first 12
+    digits are AutoV3.
+    """
+    return _digest(path, start, None, lambda: False)
+
+
+def legacy_hash(path: Path) -> str:
+    """A1111's old short hash (AutoV1): 64 KiB at offset 1 MiB, 8 hex digits."""
+    return _digest(path, 0x100000, 0x10000, lambda: False)[:8]
+
+
+def _digest(path: Path, start: int, length: int | None, stopped: Callable[[], bool]) -> str:
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(CHUNK))
+    left = length if length is not None else sys.maxsize
+    with open(path, "rb", buffering=0) as file:
+        file.seek(start)
+        while left and (n := file.readinto(buffer[: min(left, CHUNK)])):  # type: ignore[attr-defined]
+            digest.update(buffer[:n])
+            left -= n
+            if stopped():
+                raise Cancelled("stopped; nothing was written")
+    return digest.hexdigest()
+
+
+def _remember(identity: str, value: str) -> None:
+    """Best effort: a cache that cannot be written is no reason to fail."""
+    with _lock:
+        known = _load()
+        path = identity.split("|", 1)[0]
+        known = {k: v for k, v in known.items() if k.split("|", 1)[0] != path}
+        known[identity] = value
+        folder = cache_folder()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(
+                "w", dir=folder, suffix=".tmp", delete=False, encoding="utf-8"
+            ) as file:
+                json.dump(known, file)
+            os.replace(file.name, folder / "sha256.json")
+        except OSError:
+            pass

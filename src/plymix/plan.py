@@ -1,0 +1,848 @@
+"""Recipe + headers -> Plan: every tensor of the result, and exactly what must be read to make it.
+
+Every refusal happens here, before the first tensor is read. A plan accounts for every key of every
+input, folds nests of linear steps to one sum per tensor, and fixes the output's header.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from plymix import archs, weights
+from plymix.archs import Architecture, Detection, Place
+from plymix.errors import Refusal, listed
+from plymix.expr import Call, Expr, Leaf, Patch, Sum, Tensor, apply, leaves, narrow
+from plymix.formats import open_model, writer_for
+from plymix.formats.base import Entry, Layout, Source, TensorInfo
+from plymix.recipe import BLEND, DTYPES, Recipe, Step
+from plymix.registry import Method, Param, get_method
+
+LATENT_CHANNELS = 4
+"""Channels of the input convolution that every variant of the U-Net family shares."""
+
+ANY = "ALL"
+"""The one block of a plain merge by key (`arch = "any"`)."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """An open file of the recipe, its tensors by canonical key."""
+
+    index: int
+    name: str
+    source: Source
+    detection: Detection
+    tensors: Mapping[str, TensorInfo]
+    places: Mapping[str, Place]
+    strangers: tuple[str, ...] = ()  # keys its architecture does not know
+
+    @property
+    def label(self) -> str:
+        return self.source.path.name
+
+    @property
+    def components(self) -> frozenset[str]:
+        return frozenset(p.component for p in self.places.values() if not p.buffer)
+
+    @property
+    def prediction(self) -> str:
+        """ "v", "epsilon", "edm" or "" (not declared)."""
+        keys = self.source.tensors
+        if any(k.startswith(("edm_mean", "edm_std")) for k in keys):
+            return "edm"
+        if "v_pred" in keys or any(k.startswith("edm_vpred.") for k in keys):
+            return "v"
+        said = self.source.metadata.get("modelspec.prediction_type") or ""
+        said = said or self.source.metadata.get("modelspec.predict_key", "")
+        if said.startswith("v"):
+            return "v"
+        if said.startswith("eps"):
+            return "epsilon"
+        name = self.detection.arch.name if self.detection.arch else ""
+        # SDXL files without a marker are epsilon models (ComfyUI writes and reads it so).
+        return "epsilon" if name == "sdxl" else ""
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What became of one tensor of the output, for people: `how` is "merged" or "copied"."""
+
+    how: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything decided. Values only, but for the open `inputs`; close them when done."""
+
+    recipe: Recipe
+    inputs: tuple[Input, ...]
+    base: Input
+    arch: Architecture | None
+    tensors: tuple[Tensor, ...]
+    places: Mapping[str, Place]  # by output name
+    fates: Mapping[str, Fate]  # by output name
+    dropped: Mapping[str, Mapping[str, tuple[str, ...]]]  # input name -> rule -> keys
+    unmatched: Mapping[str, tuple[str, ...]]  # input name -> keys found in no other model's place
+    notes: tuple[str, ...]
+    weights: Mapping[str, Mapping[str, weights.Resolved]] = field(default_factory=dict)
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return tuple(i.source for i in self.inputs)
+
+    @property
+    def merged(self) -> int:
+        return sum(f.how == "merged" for f in self.fates.values())
+
+    @property
+    def copied(self) -> int:
+        return len(self.fates) - self.merged
+
+    @cached_property
+    def bytes_read(self) -> int:
+        """Bytes of tensor data the engine reads (each use of a tensor counted once)."""
+        seen = {leaf for t in self.tensors for leaf in leaves(t.expr)}
+        return sum(leaf.info.nbytes for leaf in seen)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data in the output."""
+        return sum(t.nbytes for t in self.tensors)
+
+    @cached_property
+    def memory(self) -> int:
+        """An upper bound of the memory the merge needs, in bytes."""
+        from plymix.engine import available_cpus, chunkable
+
+        whole = [
+            t.numel * 4 * (2 + len(set(leaves(t.expr))))
+            for t in self.tensors
+            if not _is_sum(t.expr) and not chunkable(t.expr)
+        ]
+        return (48 << 20) + available_cpus() * max(whole, default=0)
+
+    def tensors_of(self, block: str) -> tuple[Tensor, ...]:
+        return tuple(t for t in self.tensors if self.places[t.name].block == block)
+
+    def layout(self, path: Path, metadata: Mapping[str, str]) -> tuple[tuple[Tensor, ...], Layout]:
+        """The tensors with their offsets in a file named `path`, and that file's layout."""
+        entries = [Entry(t.name, t.dtype, t.shape) for t in self.tensors]
+        layout: Layout = writer_for(path).layout(entries, metadata)
+        placed = tuple(replace(t, offset=layout.offsets[t.name]) for t in self.tensors)
+        return placed, layout
+
+    def close(self) -> None:
+        for i in self.inputs:
+            i.source.close()
+
+    def __enter__(self) -> Plan:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _is_sum(expr: Expr) -> bool:
+    terms = expr.terms if isinstance(expr, Sum) else ((1.0, expr),)
+    return all(isinstance(x, Leaf) and x.info.strides is None for _, x in terms)
+
+
+def build(
+    recipe: Recipe,
+    *,
+    folders: Sequence[str | os.PathLike[str]] = (),
+    strict: bool = False,
+    open_file: Callable[[Path], Source] = open_model,
+) -> Plan:
+    """Plan `recipe`. Model files are looked for as named, then in each of `folders`.
+
+    With `strict`, keys that some models have and others lack are refused. Raises Refusal; every
+    file it opened is closed again then.
+    """
+    opened: list[Source] = []
+
+    def open_counted(file: str) -> Source:
+        source = open_file(locate(file, folders))
+        opened.append(source)
+        return source
+
+    try:
+        return _Planner(recipe, open_counted, strict).plan()
+    except BaseException:
+        for source in opened:
+            source.close()
+        raise
+
+
+def locate(file: str, folders: Sequence[str | os.PathLike[str]]) -> Path:
+    """`file` as named, or in one of `folders` (by its whole relative path, then by its name)."""
+    path = Path(file).expanduser()
+    if path.exists() or path.is_absolute():
+        return path
+    for folder in folders:
+        for candidate in (Path(folder) / path, Path(folder) / path.name):
+            if candidate.exists():
+                return candidate
+    return path
+
+
+class _Planner:
+    """The state of one planning run."""
+
+    def __init__(self, recipe: Recipe, open_file: Callable[[str], Source], strict: bool) -> None:
+        self.recipe = recipe
+        self.open_file = open_file
+        self.strict = strict
+        self.inputs: list[Input] = []
+        self.by_name: dict[str, Input] = {}
+        self.notes: list[str] = []
+        self.lacking: dict[str, list[str]] = {}  # what a missing tensor led to -> keys
+
+    def plan(self) -> Plan:
+        recipe = self.recipe
+        needed = self._needed_models()
+        self.any = recipe.output.arch == "any"
+        for name in needed:
+            self.by_name[name] = self._open(name, recipe.models[name].file)
+        self.base = self.by_name[recipe.base()]
+        self._same_architecture()
+        self._same_prediction()
+        self.settings = {
+            name: _Settings(name, recipe.steps[name], self.blocks, self.short, self._wide_base)
+            for name in recipe.order()
+        }
+        for settings in self.settings.values():
+            self.notes += settings.notes
+        self.swaps = self._component_swaps()
+        tensors, places, fates = self._tensors()
+        self._idle_rules()
+        dropped, unmatched = self._account(tensors)
+        self._nothing_matched(tensors)
+        if self.strict and any(unmatched.values()):
+            worst = {k: v for k, v in unmatched.items() if v}
+            text = "; ".join(f"{listed(v)} only in {k}" for k, v in worst.items())
+            raise Refusal(f"--strict: {sum(map(len, worst.values()))} keys do not match: {text}")
+        return Plan(
+            recipe=recipe,
+            inputs=tuple(self.inputs),
+            base=self.base,
+            arch=self.arch,
+            tensors=tensors,
+            places=places,
+            fates=fates,
+            dropped=dropped,
+            unmatched=unmatched,
+            notes=tuple(dict.fromkeys(self.notes)),
+            weights={name: s.resolved for name, s in self.settings.items()},
+        )
+
+    # --- inputs ---------------------------------------------------------------------------------
+
+    def _needed_models(self) -> list[str]:
+        recipe = self.recipe
+        used = [recipe.base()]
+        for step in recipe.order():
+            used += [n for n in recipe.steps[step].inputs if n in recipe.models]
+        used += [n for n in (recipe.output.vae, recipe.output.text_encoder) if n in recipe.models]
+        return list(dict.fromkeys(used))
+
+    def _open(self, name: str, file: str) -> Input:
+        source = self.open_file(file)
+        detection = archs.detect({k: t.shape for k, t in source.tensors.items()})
+        arch = detection.arch
+        tensors: dict[str, TensorInfo] = {}
+        places: dict[str, Place] = {}
+        strangers: list[str] = []
+        for key, info in source.tensors.items():
+            place = Place(key, "model", ANY, ANY) if self.any else arch and arch.place(key)
+            if place is None:
+                place = Place(key, "extra", "BUFFER", "BUFFER", True)
+                strangers.append(key)
+            if place.key in tensors:
+                raise Refusal(
+                    f"{source.path.name} has the tensor {place.key} twice, as {key!r} and"
+                    f" {tensors[place.key].name!r}; remove one (plymix inspect shows both)"
+                )
+            if not place.buffer and (not info.is_float or not info.numel):
+                place = replace(place, buffer=True)
+            tensors[place.key] = info
+            places[place.key] = place
+        opened = Input(
+            len(self.inputs), name, source, detection, tensors, places, tuple(strangers)
+        )
+        self.inputs.append(opened)
+        for note in source.notes:
+            self.notes.append(f"{opened.label}: {note}")
+        return opened
+
+    def _same_architecture(self) -> None:
+        if self.any:
+            self.arch, self.blocks, self.short = None, (ANY,), "any architecture"
+            return
+        for i in self.by_name.values():
+            _require_model(i, self.base)
+        base = self.base.detection
+        for i in self.by_name.values():
+            if i.detection.arch != base.arch:
+                raise Refusal(
+                    f"{self.base.label} is {base.title} and {i.label} is {i.detection.title}:"
+                    " they cannot be merged; choose two models of one architecture"
+                )
+            if i.strangers:
+                what = f"unknown to {base.arch.short if base.arch else ''}"
+                fate = "copied" if i is self.base else "left out"
+                self.notes.append(
+                    f"{i.label}: {len(i.strangers)} tensors {what}, {fate}: {listed(i.strangers)}"
+                )
+            quantised = archs.quantised(i.source.tensors)
+            if quantised:
+                raise Refusal(
+                    f"{i.label} holds quantised weights ({listed(quantised, 3)}): their scales"
+                    " cannot be blended; use the fp16 or bf16 version of the model"
+                )
+        assert base.arch is not None
+        self.arch, self.blocks, self.short = base.arch, base.arch.blocks, base.arch.short
+
+    def _same_prediction(self) -> None:
+        said = {i.label: i.prediction for i in self.by_name.values() if i.prediction}
+        if len(set(said.values())) < 2:
+            return
+        text = " and ".join(f"{label} predicts {kind}" for label, kind in said.items())
+        if not self.recipe.output.allow_mixed_prediction:
+            raise Refusal(
+                f"{text}: such a merge gives noise; if you mean it, say --allow-mixed-prediction"
+                " (output.allow_mixed_prediction = true)"
+            )
+        self.notes.append(f"{text}: merged as asked; the markers of {self.base.label} are kept")
+
+    def _wide_base(self, param: Param, step: str) -> float:
+        """BASE's weight where a list of block weights says none: the base model's own."""
+        if param.name in ("alpha", "beta") and param.range.holds(0.0):
+            return 0.0
+        if not param.required:
+            return float(param.default)
+        raise Refusal(
+            f"steps.{step}.{param.name} says nothing about BASE (text encoder):"
+            f" write {{ base = 0.5, blocks = ... }}"
+        )
+
+    # --- components -----------------------------------------------------------------------------
+
+    def _component_swaps(self) -> dict[str, Input]:
+        """component -> the input it is copied from whole."""
+        if self.any:
+            return {}
+        assert self.arch is not None
+        output = self.recipe.output
+        encoders = [c.name for c in self.arch.components if c.name.startswith("text_encoder")]
+        swaps: dict[str, Input] = {}
+        if output.vae != BLEND:
+            swaps["vae"] = self._part(output.vae, "vae") if output.vae else self.base
+        if output.text_encoder:
+            part = self._part(output.text_encoder, *encoders)
+            swaps.update(dict.fromkeys(encoders, part))
+        for component, part in swaps.items():
+            if part is not self.base:
+                self._complete(component, part)
+        return swaps
+
+    def _part(self, name: str, *components: str) -> Input:
+        """The model of the recipe, or else the file, called `name`, as the giver of components."""
+        what = "VAE" if components == ("vae",) else "text encoder"
+        if name in self.by_name:
+            part = self.by_name[name]
+        else:
+            source_arch = self.arch
+            part = self._open_part(name)
+            theirs = part.detection.arch
+            if part.detection.kind in ("checkpoint", "denoiser") and theirs != source_arch:
+                raise Refusal(
+                    f"the {what} of {part.label} ({part.detection.title}) does not fit"
+                    f" {self.base.label} ({self.base.detection.title}); use one made for {self.short}"
+                )
+        if not any(c in part.components for c in components):
+            raise Refusal(
+                f"{part.label} has no {what}: it is {part.detection.title};"
+                f" name a file that has one"
+            )
+        return part
+
+    def _open_part(self, file: str) -> Input:
+        """A component file: its keys are read as the base architecture spells them."""
+        assert self.arch is not None
+        source = self.open_file(file)
+        detection = archs.detect({k: t.shape for k, t in source.tensors.items()})
+        places: dict[str, Place] = {}
+        tensors: dict[str, TensorInfo] = {}
+        strangers: list[str] = []
+        for key, info in source.tensors.items():
+            place = self.arch.place(key)
+            if place is None or place.key in tensors:
+                strangers.append(key)
+                continue
+            tensors[place.key] = info
+            places[place.key] = place
+        part = Input(
+            len(self.inputs), f"file {source.path.name}", source, detection, tensors, places,
+            tuple(strangers),
+        )  # fmt: skip
+        self.inputs.append(part)
+        return part
+
+    def _complete(self, component: str, part: Input) -> None:
+        wanted = {
+            k: self.base.tensors[k]
+            for k, p in self.base.places.items()
+            if p.component == component and not p.buffer
+        }
+        missing = [k for k in wanted if k not in part.tensors]
+        if missing and component in part.components:
+            raise Refusal(
+                f"{part.label} lacks {len(missing)} of the {len(wanted)} {component} tensors:"
+                f" {listed(missing, 3)}; it is not complete or not for {self.short}"
+            )
+        for key, info in wanted.items():
+            theirs = part.tensors.get(key)
+            if theirs is not None and _fitted(theirs, info.shape) is None:
+                raise Refusal(
+                    f"{key} has the shape {list(theirs.shape)} in {part.label} and"
+                    f" {list(info.shape)} in {self.base.label}; use a {component} made for"
+                    f" {self.short}"
+                )
+
+    # --- tensors --------------------------------------------------------------------------------
+
+    def _tensors(self) -> tuple[tuple[Tensor, ...], dict[str, Place], dict[str, Fate]]:
+        tensors: list[Tensor] = []
+        places: dict[str, Place] = {}
+        fates: dict[str, Fate] = {}
+        for key, place in self._keys():
+            made = self._tensor(key, place)
+            if made is None:
+                continue
+            expr, shape, dtype, why = made
+            name = self._spelling(key)
+            tensors.append(Tensor(name, dtype, shape, expr))
+            places[name] = place
+            if isinstance(expr, Leaf) and expr.info.strides is None:
+                fates[name] = Fate("copied", why or self.inputs[expr.source].label)
+            else:
+                fates[name] = Fate("merged", why)
+        return tuple(tensors), places, fates
+
+    def _spelling(self, key: str) -> str:
+        """The output's name of a key: the base model's, else its first owner's."""
+        if key in self.base.tensors:
+            return self.base.tensors[key].name
+        return next(i.tensors[key].name for i in self.inputs if key in i.tensors)
+
+    def _keys(self) -> Iterator[tuple[str, Place]]:
+        """Canonical keys of the output, in the base model's order, then those added by rule."""
+        yield from self.base.places.items()
+        seen = set(self.base.places)
+        for component, part in self.swaps.items():
+            for key, place in part.places.items():
+                if key not in seen and place.component == component:
+                    seen.add(key)
+                    yield key, place
+        if self.recipe.output.union:
+            for i in self.by_name.values():
+                for key, place in i.places.items():
+                    if key not in seen and place.component not in (*self.swaps, "ema"):
+                        seen.add(key)
+                        yield key, place
+
+    def _tensor(
+        self, key: str, place: Place
+    ) -> tuple[Expr, tuple[int, ...], str, str] | None:
+        """(expression, shape, dtype, reason) of an output tensor; None: dropped by a rule."""
+        ema = self.recipe.output.ema
+        if place.component == "ema" and ema != "keep":
+            return None
+        swap = self.swaps.get(place.component)
+        if swap is not None and component_given(swap, place.component):
+            leaf = self._leaf(swap, key)
+            if leaf is None:
+                if not place.buffer:
+                    return None
+                leaf = self._leaf(self.base, key)
+            assert leaf is not None
+            why = "" if swap is self.base else f"{place.component} of {swap.label}"
+            shape = self._shape_like_base(key, leaf)
+            return self._cast(Leaf(leaf.source, replace(leaf.info, shape=shape)), leaf.info, why)
+        if place.buffer or place.component == "ema":
+            owner = next(i for i in (self.base, *self.inputs) if key in i.tensors)
+            info = owner.tensors[key]
+            return self._cast(Leaf(owner.index, info), info, "buffer" if place.buffer else "EMA")
+        value = self._value(self.recipe.final, key, place)
+        if value is None:
+            return None
+        expr, shape = value
+        first = next(i for i in (self.base, *self.inputs) if key in i.tensors)
+        dtype = self._dtype(first.tensors[key])
+        return expr, shape, dtype, ""
+
+    def _shape_like_base(self, key: str, leaf: Leaf) -> tuple[int, ...]:
+        known = self.base.tensors.get(key)
+        return leaf.info.shape if known is None else known.shape
+
+    def _cast(
+        self, leaf: Leaf, info: TensorInfo, why: str
+    ) -> tuple[Expr, tuple[int, ...], str, str]:
+        return leaf, leaf.info.shape, self._dtype(info), why
+
+    def _dtype(self, info: TensorInfo) -> str:
+        asked = DTYPES[self.recipe.output.dtype]
+        return asked if asked and info.is_float and info.numel else info.dtype
+
+    def _leaf(self, owner: Input, key: str) -> Leaf | None:
+        info = owner.tensors.get(key)
+        if self.recipe.output.ema == "use" and self.arch is not None:
+            info = owner.tensors.get(archs.ema_key(key), info)
+        return None if info is None else Leaf(owner.index, info)
+
+    def _value(
+        self, name: str, key: str, place: Place
+    ) -> tuple[Expr, tuple[int, ...]] | None:
+        """What model or step `name` has at `key`, and its shape; None: it has no such tensor."""
+        if name in self.by_name:
+            leaf = self._leaf(self.by_name[name], key)
+            return None if leaf is None else (leaf, leaf.info.shape)
+        settings = self.settings[name]
+        values = [self._value(used, key, place) for used in settings.step.inputs]
+        present = [(i, v) for i, v in enumerate(values) if v is not None]
+        if not present:
+            return None
+        method = settings.method
+        fixed = len(values) if not method.variadic else len(method.inputs)
+        lost = [i for i, v in enumerate(values) if v is None]
+        if any(i < fixed for i in lost) or len(present) - fixed < method.min_variadic * bool(
+            method.variadic
+        ):
+            return self._without(settings, key, present, lost)
+        if lost:
+            used = [settings.step.inputs[i] for i in lost]
+            self._lack(f"merged without {listed(used)}, which lacks it", key)
+        return self._applied(settings, key, place, present)
+
+    def _without(
+        self,
+        settings: _Settings,
+        key: str,
+        present: list[tuple[int, tuple[Expr, tuple[int, ...]]]],
+        lost: list[int],
+    ) -> tuple[Expr, tuple[int, ...]]:
+        """A step that lacks an input at `key`: its first one unchanged (a difference of nothing)."""
+        names = settings.step.inputs
+        self._lack(f"taken from {names[present[0][0]]}: not in {names[lost[0]]}", key)
+        return present[0][1]
+
+    def _lack(self, what: str, key: str) -> None:
+        self.lacking.setdefault(what, []).append(key)
+
+    def _applied(
+        self,
+        settings: _Settings,
+        key: str,
+        place: Place,
+        present: list[tuple[int, tuple[Expr, tuple[int, ...]]]],
+    ) -> tuple[Expr, tuple[int, ...]]:
+        shapes = [shape for _, (_, shape) in present]
+        args = [expr for _, (expr, _) in present]
+        models = tuple(i for i, _ in present)
+        if len(set(shapes)) == 1:
+            return settings.apply(key, place, args, models), shapes[0]
+        if self.arch is not None and key == self.arch.input_conv:
+            return self._channels(settings, key, place, args, shapes, models)
+        fitted = [_fitted_expr(arg, shape, shapes[0]) for arg, shape in zip(args, shapes)]  # noqa: B905
+        if any(f is None for f in fitted):
+            at = next(i for i, f in enumerate(fitted) if f is None)
+            raise Refusal(
+                f"{key} has the shape {list(shapes[0])} in {settings.step.inputs[models[0]]} and"
+                f" {list(shapes[at])} in {settings.step.inputs[models[at]]}; these models are not"
+                " of one kind"
+            )
+        good = [f for f in fitted if f is not None]
+        return settings.apply(key, place, good, models), shapes[0]
+
+    def _channels(
+        self,
+        settings: _Settings,
+        key: str,
+        place: Place,
+        args: list[Expr],
+        shapes: list[tuple[int, ...]],
+        models: tuple[int, ...],
+    ) -> tuple[Expr, tuple[int, ...]]:
+        """Inpainting and pix2pix: the shared channels by the formula, the others from their owner."""
+        widths = sorted({shape[1] for shape in shapes})
+        rest = {(shape[0], *shape[2:]) for shape in shapes}
+        names = settings.step.inputs
+        if len(widths) != 2 or widths[0] != LATENT_CHANNELS or len(rest) != 1:
+            text = ", ".join(f"{names[m]} {s[1]}" for m, s in zip(models, shapes, strict=True))
+            raise Refusal(
+                f"{key} has different numbers of input channels ({text}): only plain models"
+                f" ({LATENT_CHANNELS}) and one kind of inpainting or pix2pix model mix"
+            )
+        owner = next(i for i, s in enumerate(shapes) if s[1] == widths[1])
+        inner = [
+            narrow(a, widths[0]) if s[1] != widths[0] else a
+            for a, s in zip(args, shapes, strict=True)
+        ]
+        expr = settings.apply(key, place, inner, models)
+        self.notes.append(
+            f"{key}: channels 0-{widths[0] - 1} merged, {widths[0]}-{widths[1] - 1} kept from"
+            f" {names[models[owner]]}"
+        )
+        if expr == inner[owner]:
+            return args[owner], shapes[owner]
+        return Patch(args[owner], expr, widths[0]), shapes[owner]
+
+    # --- accounts -------------------------------------------------------------------------------
+
+    def _idle_rules(self) -> None:
+        at = [
+            (p.block, k)
+            for k, p in self.base.places.items()
+            if not p.buffer and p.component != "ema" and p.component not in self.swaps
+        ]
+        for name, settings in self.settings.items():
+            idle = weights.idle_rules(settings.rules, at, settings.rule_blocks)
+            if idle:
+                raise Refusal(
+                    f"steps.{name}.rules: {listed(str(r) for r in idle)} matches no tensor of"
+                    f" {self.short}; check its block and element names"
+                )
+
+    def _account(
+        self, tensors: Sequence[Tensor]
+    ) -> tuple[dict[str, dict[str, tuple[str, ...]]], dict[str, tuple[str, ...]]]:
+        """Put every key of every input in exactly one class; return those not in the output."""
+        used: set[tuple[int, str]] = set()
+        for tensor in tensors:
+            used.update((leaf.source, leaf.info.name) for leaf in leaves(tensor.expr))
+        for what, keys in self.lacking.items():
+            self.notes.append(f"{len(keys)} tensors {what}: {listed(keys)}")
+        dropped: dict[str, dict[str, tuple[str, ...]]] = {}
+        unmatched: dict[str, tuple[str, ...]] = {}
+        for i in self.inputs:
+            rules: dict[str, list[str]] = {}
+            alone: list[str] = []
+            for key, info in i.tensors.items():
+                if (i.index, info.name) in used:
+                    continue
+                rule = self._drop_rule(i, key, i.places[key])
+                if rule:
+                    rules.setdefault(rule, []).append(info.name)
+                else:
+                    alone.append(info.name)
+            if i.name not in self.by_name:
+                rules.setdefault("not part of the component", []).extend((*alone, *i.strangers))
+                alone = []
+            alone += self._only_in_base(i)
+            dropped[i.name] = {rule: tuple(keys) for rule, keys in rules.items() if keys}
+            unmatched[i.name] = tuple(alone)
+        return dropped, unmatched
+
+    def _only_in_base(self, i: Input) -> list[str]:
+        if i is not self.base:
+            return []
+        others = [m for m in self.by_name.values() if m is not self.base]
+        return [
+            i.tensors[key].name
+            for key, place in i.places.items()
+            if others
+            and not place.buffer
+            and place.component != "ema"
+            and place.component not in self.swaps
+            and not any(key in m.tensors for m in others)
+        ]
+
+    def _drop_rule(self, i: Input, key: str, place: Place) -> str:
+        """Why a key of `i` is not in the output; "" when nothing pairs with it."""
+        output = self.recipe.output
+        if place.component == "ema":
+            return f"ema = {output.ema}"
+        swap = self.swaps.get(place.component)
+        if swap is not None and swap is not i:
+            return f"{place.component} is {swap.label}'s"
+        if key in i.strangers:
+            return ""
+        if place.buffer and i is not self.base and key in self.base.tensors:
+            return f"buffers are {self.base.label}'s"
+        if key in self.base.tensors or (output.union and not place.buffer):
+            if output.ema == "use" and archs.ema_key(key) in i.tensors:
+                return "ema = use"
+            return "weight 0"
+        if place.buffer:
+            return f"buffers are {self.base.label}'s"
+        return ""
+
+    def _nothing_matched(self, tensors: Sequence[Tensor]) -> None:
+        for i in self.by_name.values():
+            shared = sum(1 for k in i.tensors if k in self.base.tensors and not i.places[k].buffer)
+            if not shared:
+                raise Refusal(
+                    f"{i.label} shares no tensor with {self.base.label}: nothing would be merged"
+                )
+        if not tensors:
+            raise Refusal("the result would hold no tensor at all")
+
+
+def component_given(part: Input, component: str) -> bool:
+    return component in part.components
+
+
+def _require_model(i: Input, base: Input) -> None:
+    detection = i.detection
+    if detection.arch is not None and detection.kind in ("checkpoint", "denoiser"):
+        detection.require(i.label)
+        return
+    advice = {
+        "vae": f"to put it into a model, say --vae {i.label}",
+        "lora": "plymix merges whole models; a LoRA has to be baked into one first",
+        "text_encoder": 'to put it into a model, use text_encoder = "..." in a recipe\'s [output]',
+    }.get(detection.kind, "plymix archs lists what can be merged; --arch any merges key by key")
+    beside = "" if i is base else f" and {base.label} is {base.detection.title}"
+    seen = f" (it has {detection.seen})" if detection.seen else ""
+    raise Refusal(f"{i.label} is {detection.title}{seen}{beside}; {advice}")
+
+
+def _fitted(info: TensorInfo, shape: tuple[int, ...]) -> TensorInfo | None:
+    """`info` in another shape that differs by trailing ones (linear and 1x1 convolution)."""
+    if info.shape == shape:
+        return info
+    if info.strides is None and _trimmed(info.shape) == _trimmed(shape):
+        return replace(info, shape=shape)
+    return None
+
+
+def _trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape[:2] if len(shape) == 4 and shape[2:] == (1, 1) else shape
+
+
+def _fitted_expr(expr: Expr, shape: tuple[int, ...], wanted: tuple[int, ...]) -> Expr | None:
+    if shape == wanted:
+        return expr
+    if isinstance(expr, Leaf):
+        info = _fitted(expr.info, wanted)
+        return None if info is None else Leaf(expr.source, info)
+    if isinstance(expr, Sum):
+        terms = [(c, _fitted_expr(term, shape, wanted)) for c, term in expr.terms]
+        if all(term is not None for _, term in terms):
+            return Sum(tuple((c, term) for c, term in terms if term is not None))
+    return None
+
+
+class _Settings:
+    """A step's parameters, resolved for every block."""
+
+    def __init__(
+        self,
+        name: str,
+        step: Step,
+        blocks: tuple[str, ...],
+        title: str,
+        base_default: Callable[[Param, str], float],
+    ) -> None:
+        self.name = name
+        self.step = step
+        self.method: Method = get_method(step.method)
+        self.where = f"steps.{name}"
+        self.rules = weights.parse_rules(step.rules, field=f"{self.where}.rules")
+        self.rule_blocks = (*blocks, "BASE", "VAE")
+        self.resolved: dict[str, weights.Resolved] = {}
+        self.lists: dict[str, list[weights.Resolved]] = {}
+        self.notes: list[str] = []
+        self.fixed: dict[str, Any] = {}
+        self.ruled = next((p.name for p in self.method.params if p.type is float), "")
+        if self.rules and not self.ruled:
+            raise Refusal(f"{self.where}: {step.method} has no weight that rules could set")
+
+        def resolve(value: Any, param: Param, field: str) -> weights.Resolved:
+            one = replace(param, type=float)
+            found = weights.resolve(
+                weights.from_toml(value, field=field, blocks=blocks),
+                blocks,
+                arch_title=title,
+                field=field,
+            )
+            base = base_default(param, name) if found.base is None else found.base
+            found = weights.Resolved(base, found.blocks, found.notes)
+            self.notes += found.notes
+            for at in {base, *found.blocks.values(), *self._rule_values(param)}:
+                one.check(at, self.where)
+            return found
+
+        for p in self.method.params:
+            value = step.params.get(p.name, p.default)
+            field = f"{self.where}.{p.name}"
+            if p.type is float:
+                self.resolved[p.name] = resolve(value, p, field)
+            elif p.type is tuple:
+                self.lists[p.name] = [resolve(v, p, field) for v in self._list(p, value, field)]
+            else:
+                self.fixed[p.name] = p.check(value, self.where)
+
+    def _rule_values(self, param: Param) -> Iterable[float]:
+        return [r.ratio for r in self.rules] if param.name == self.ruled else []
+
+    def _list(self, param: Param, value: Any, field: str) -> list[Any]:
+        if not isinstance(value, (list, tuple)):
+            raise Refusal(f"{field} = {value!r} is not a list with one value per model")
+        wanted = len(self.step.inputs) - (len(self.method.inputs) if self.method.variadic else 0)
+        if value and len(value) != wanted:
+            raise Refusal(f"{field} has {len(value)} values for {wanted} models")
+        return list(value)
+
+    def at(self, resolved: weights.Resolved, place: Place) -> float:
+        if place.block in resolved.blocks:
+            return resolved.blocks[place.block]
+        assert resolved.base is not None
+        return resolved.base
+
+    def params(self, place: Place, key: str, models: tuple[int, ...]) -> dict[str, Any]:
+        """The method's keyword arguments at one key."""
+        found = dict(self.fixed)
+        for name, resolved in self.resolved.items():
+            value = self.at(resolved, place)
+            if name == self.ruled and self.rules:
+                value = weights.apply_rules(self.rules, place.block, key, value, self.rule_blocks)
+            found[name] = value
+        first = len(self.method.inputs) if self.method.variadic else 0
+        for name, entries in self.lists.items():
+            values = [self.at(r, place) for r in entries]
+            found[name] = tuple(values[m - first] for m in models if m >= first) if values else ()
+        return found
+
+    def apply(
+        self, key: str, place: Place, args: Sequence[Expr], models: tuple[int, ...]
+    ) -> Expr:
+        params = self.params(place, key, models)
+        call = Call(
+            step=self.name,
+            method=self.method.name,
+            args=tuple(args),
+            params=tuple(sorted(params.items())),
+            key=key,
+            seed=self.step.seed,
+            models=models,
+        )
+        return apply(self.method, tuple(args), params, call)
+
+
+def counts(plan: Plan) -> dict[str, Counter[str]]:
+    """Per block: how many tensors are merged and how many copied, from whom."""
+    found: dict[str, Counter[str]] = {}
+    for tensor in plan.tensors:
+        fate = plan.fates[tensor.name]
+        block = plan.places[tensor.name].block
+        found.setdefault(block, Counter())[fate.how] += 1
+    return found

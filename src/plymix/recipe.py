@@ -1,0 +1,359 @@
+"""Text <-> Recipe: what a merge is, as one frozen value.
+
+A recipe names its models, its steps (flat, by name; a step may use the results of others) and its
+output. It is written by people in TOML and stored in the result as canonical JSON; both have the
+same shape:
+
+    [models]           sd = "sd-v1-4.ckpt"      or { file = ..., size = ..., sha256 = ... }
+    [steps.mix]        method = "weighted_sum", a = "sd", b = "wd", alpha = 0.5, rules = [...]
+    [output]           from = "mix", dtype = "fp16", vae = "sd", ...
+
+Nothing here looks at a file. Unknown fields are errors.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from plymix.errors import Refusal, unknown
+from plymix.registry import Method, get_method
+
+METADATA_KEY = "plymix.recipe"
+"""Where a result carries its recipe in its metadata."""
+
+DTYPES = {"keep": "", "fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+EMA = ("drop", "keep", "use")
+BLEND = "blend"
+"""Reserved value of `output.vae`: merge the VAE like the text encoder."""
+
+_NAME = re.compile(r"[\w][\w .+()\-]*", re.UNICODE)
+
+
+class Model(msgspec.Struct, frozen=True, omit_defaults=True):
+    """An input file. `size` (bytes) and `sha256` are recorded by a merge, checked by a replay."""
+
+    file: str
+    size: int = 0
+    sha256: str = ""
+
+
+class Step(msgspec.Struct, frozen=True):
+    """One method applied to named models or steps.
+
+    `inputs` are the names given to the method's tensors in order: first its named ones (`a`, `b`,
+    `base`), then `models`. `params` are as written; `plan` resolves them for each block.
+    """
+
+    method: str
+    inputs: tuple[str, ...]
+    params: dict[str, Any]
+    rules: tuple[str, ...] = ()
+    seed: int = 0
+
+
+class Output(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What is made of the last step's result."""
+
+    from_: str = ""
+    file: str = ""
+    dtype: str = "keep"
+    vae: str = ""  # a model, a file, or BLEND; "" is the base model's
+    text_encoder: str = ""  # a model or a file; "" is merged by the steps
+    ema: str = "drop"
+    union: bool = False
+    arch: str = ""  # "any": a plain merge by key
+    allow_mixed_prediction: bool = False
+    adjust: dict[str, Any] = {}
+    title: str = ""
+    date: str = ""
+
+
+class Recipe(msgspec.Struct, frozen=True):
+    """A whole merge. Compares by content; `to_json` and `from_json` are exact inverses."""
+
+    models: dict[str, Model]
+    steps: dict[str, Step]
+    output: Output
+
+    @property
+    def final(self) -> str:
+        return self.output.from_
+
+    def uses(self, name: str) -> tuple[str, ...]:
+        """The names that `name` is made of directly."""
+        step = self.steps.get(name)
+        return step.inputs if step else ()
+
+    def base(self, name: str | None = None) -> str:
+        """The model that `name` (default: the final step) starts from: first input, all the way."""
+        name = self.final if name is None else name
+        while name in self.steps:
+            name = self.steps[name].inputs[0]
+        return name
+
+    def order(self) -> tuple[str, ...]:
+        """The steps the result needs, each after the steps it uses."""
+        done: list[str] = []
+
+        def visit(name: str) -> None:
+            for used in self.uses(name):
+                visit(used)
+            if name in self.steps and name not in done:
+                done.append(name)
+
+        visit(self.final)
+        return tuple(done)
+
+
+def load(path: Path) -> Recipe:
+    """Read a recipe from a TOML (or JSON) file."""
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise Refusal(f"cannot read the recipe {path}: {e}") from None
+    if path.suffix.lower() == ".json":
+        return from_json(text)
+    return from_toml(text, path.name)
+
+
+def from_toml(text: str, where: str = "recipe") -> Recipe:
+    import sys
+
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        return from_dict(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as e:
+        raise Refusal(f"{where} is not TOML: {e}") from None
+
+
+def from_json(text: str) -> Recipe:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise Refusal(f"the recipe is not JSON: {e}") from None
+    return from_dict(found)
+
+
+def to_json(recipe: Recipe) -> str:
+    """Canonical JSON: sorted keys, no spaces, defaults left out."""
+    return json.dumps(to_dict(recipe), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain dicts and lists, in the shape of its TOML."""
+    output = msgspec.to_builtins(recipe.output)
+    output["from"] = output.pop("from_", "")
+    return {
+        "models": {
+            name: m.file if m == Model(m.file) else msgspec.to_builtins(m)
+            for name, m in recipe.models.items()
+        },
+        "steps": {name: dict(_step_fields(step)) for name, step in recipe.steps.items()},
+        "output": output,
+    }
+
+
+def _step_fields(step: Step) -> Iterator[tuple[str, Any]]:
+    method = get_method(step.method)
+    yield "method", step.method
+    named = step.inputs[: len(method.inputs)]
+    yield from zip(method.inputs, named, strict=False)
+    if method.variadic:
+        yield "models", list(step.inputs[len(method.inputs) :])
+    yield from step.params.items()
+    if step.rules:
+        yield "rules", list(step.rules)
+    if step.seed:
+        yield "seed", step.seed
+
+
+def from_dict(found: Any) -> Recipe:
+    """Check a recipe's shape: fields, names, references, cycles. Raises Refusal."""
+    _fields("recipe", found, ("models", "steps", "output"))
+    models = {name: _model(name, m) for name, m in _table("models", found.get("models")).items()}
+    if not models:
+        raise Refusal("the recipe names no models: write [models] with name = \"file\"")
+    steps = {name: _step(name, s) for name, s in _table("steps", found.get("steps", {})).items()}
+    for name in steps:
+        if name in models:
+            raise Refusal(f"{name!r} is both a model and a step; rename one")
+    output = _output(_table("output", found.get("output", {})), models, steps)
+    recipe = Recipe(models, steps, output)
+    _check_references(recipe)
+    return recipe
+
+
+def _table(where: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise Refusal(f"[{where}] is missing or not a table")
+    return value
+
+
+def _fields(where: str, found: Any, known: tuple[str, ...]) -> None:
+    for name in _table(where, found):
+        if name not in known:
+            raise unknown(f"field in {where}", str(name), known)
+
+
+def check_name(kind: str, name: str) -> str:
+    if not _NAME.fullmatch(name) or name == BLEND:
+        raise Refusal(f"{kind} name {name!r} is not usable; use letters, digits, - and _")
+    return name
+
+
+def _model(name: str, found: Any) -> Model:
+    check_name("model", name)
+    if isinstance(found, str):
+        found = {"file": found}
+    _fields(f"models.{name}", found, Model.__struct_fields__)
+    try:
+        model = msgspec.convert(found, Model)
+    except msgspec.ValidationError as e:
+        raise Refusal(f"models.{name}: {e}") from None
+    if not model.file:
+        raise Refusal(f"models.{name} names no file")
+    return model
+
+
+def _step(name: str, found: Any) -> Step:
+    where = f"steps.{check_name('step', name)}"
+    found = dict(_table(where, found))
+    if not isinstance(found.get("method"), str):
+        raise Refusal(f'{where} has no method: write method = "weighted_sum" or another')
+    method = get_method(found.pop("method"))
+    inputs = _inputs(where, method, found)
+    rules = found.pop("rules", [])
+    if isinstance(rules, str):
+        rules = [rules]
+    if not isinstance(rules, list) or not all(isinstance(r, str) for r in rules):
+        raise Refusal(f"{where}.rules is not a list of texts such as \"IN05-OUT03:attn2:0.3\"")
+    seed = found.pop("seed", 0)
+    if type(seed) is not int:
+        raise Refusal(f"{where}.seed = {seed!r} is not a whole number")
+    known = [p.name for p in method.params]
+    for field in found:
+        if field not in known:
+            raise unknown(
+                f"field in {where} ({method.name})",
+                field,
+                [*known, *method.inputs, "rules", "seed", *(["models"] * bool(method.variadic))],
+            )
+    for p in method.params:
+        if p.required and p.name not in found:
+            raise Refusal(f"{where} ({method.name}) needs {p.name}")
+    return Step(method.name, inputs, found, tuple(rules), seed)
+
+
+def _inputs(where: str, method: Method, found: dict[str, Any]) -> tuple[str, ...]:
+    wanted = ", ".join(method.inputs) + (", models = [...]" if method.variadic else "")
+    given: list[str] = []
+    for i, field in enumerate(method.inputs):
+        value = found.pop(field, None)
+        if value is None:
+            if i < len(method.inputs) - method.optional:
+                raise Refusal(f"{where} ({method.name}) has no {field}; it takes {wanted}")
+            if any(later in found for later in method.inputs[i + 1 :]):
+                raise Refusal(f"{where} ({method.name}) gives a later model but no {field}")
+            break
+        if not isinstance(value, str):
+            raise Refusal(f"{where}.{field} = {value!r} is not the name of a model or step")
+        given.append(value)
+    if method.variadic:
+        models = found.pop("models", [])
+        if not isinstance(models, list) or not all(isinstance(m, str) for m in models):
+            raise Refusal(f"{where}.models is not a list of names")
+        if len(models) < method.min_variadic:
+            raise Refusal(
+                f"{where} ({method.name}) has {len(models)} in models; it needs"
+                f" {method.min_variadic} or more"
+            )
+        given += models
+    return tuple(given)
+
+
+def _output(found: dict[str, Any], models: Mapping[str, Any], steps: Mapping[str, Any]) -> Output:
+    fields = tuple(f.rstrip("_") for f in Output.__struct_fields__)
+    _fields("output", found, fields)
+    found = dict(found)
+    final = found.pop("from", "")
+    if not final:
+        if not steps and len(models) == 1:
+            final = next(iter(models))
+        elif not steps:
+            raise Refusal('the recipe has no steps: write [steps.NAME] with method = "..."')
+        else:
+            final = list(steps)[-1]
+    try:
+        output = msgspec.convert({**found, "from_": final}, Output)
+    except msgspec.ValidationError as e:
+        raise Refusal(f"output: {e}") from None
+    if output.dtype not in DTYPES:
+        raise unknown("output.dtype", output.dtype, DTYPES)
+    if output.ema not in EMA:
+        raise unknown("output.ema", output.ema, EMA)
+    if output.arch not in ("", "any"):
+        raise unknown("output.arch", output.arch, ["any"])
+    return output
+
+
+def _check_references(recipe: Recipe) -> None:
+    known = [*recipe.models, *recipe.steps]
+    if recipe.final not in known:
+        raise unknown("output.from", recipe.final, known)
+    for name, step in recipe.steps.items():
+        for used in step.inputs:
+            if used not in known:
+                raise unknown(f"model or step in steps.{name}", used, known)
+    state: dict[str, str] = {}
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        if state.get(name) == "open":
+            loop = [*path[path.index(name) :], name]
+            raise Refusal(f"the steps go round in a circle: {' -> '.join(loop)}")
+        if name in state:
+            return
+        state[name] = "open"
+        for used in recipe.uses(name):
+            visit(used, (*path, name))
+        state[name] = "done"
+
+    for name in recipe.steps:
+        visit(name, ())
+
+
+def from_metadata(metadata: Mapping[str, str], where: str) -> Recipe:
+    """The recipe that a result carries. Raises Refusal when it has none."""
+    text = metadata.get(METADATA_KEY)
+    if text is None:
+        raise Refusal(f"{where} carries no plymix recipe")
+    return from_json(text)
+
+
+def with_setting(recipe: Recipe, path: str, text: str) -> Recipe:
+    """`--set steps.mix.alpha.base=0.3`: the recipe with one value replaced."""
+    found = to_dict(recipe)
+    keys = path.split(".")
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    at: Any = found
+    for key in keys[:-1]:
+        if not isinstance(at, dict) or key not in at:
+            raise unknown(f"field on the way to {path}", key, at if isinstance(at, dict) else [])
+        if key == keys[-2] and isinstance(at[key], (int, float)) and not isinstance(at[key], bool):
+            at[key] = {"base": at[key], "default": at[key]}  # a plain number, opened up
+        at = at[key]
+    if not isinstance(at, dict):
+        raise Refusal(f"--set {path}: {'.'.join(keys[:-1])} is not a table")
+    at[keys[-1]] = value
+    return from_dict(found)
