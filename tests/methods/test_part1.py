@@ -304,8 +304,6 @@ def test_slerp_of_parallel_opposite_and_zero_tensors_is_linear(function, factor)
     found = function(a, a * factor, alpha=0.25)
     if factor == 0 and function is not angular.slerp:  # cos w = 0 there: a quarter circle
         same(found, math.sin(0.75 * math.pi / 2) * a)
-    elif factor == -1 and function is angular.nuslerp:
-        assert np.isfinite(found).all()  # sin(pi) is 1e-16 or 0, by rounding
     else:
         same(found, 0.75 * a + 0.25 * factor * a)
 

@@ -35,6 +35,9 @@ from plymix.registry import Range, method
 
 UNIT = Range(0, 1)
 
+FLAT = 1e-6
+"""Below this sine two vectors count as parallel or opposite, and slerp as a weighted sum."""
+
 NARROW = 1e-6
 """A spread of cosines up to this is rounding of float32 weights and counts as none."""
 
@@ -59,7 +62,7 @@ def slerp(a: Array, b: Array, *, alpha: float = 0.5) -> Array:
     (aa, ab), (_, bb) = gram(a, b).tolist()
     length_a, length_b = math.sqrt(aa), math.sqrt(bb)
     w = _angle(ab, length_a * length_b)
-    if length_a == 0 or length_b == 0 or math.sin(w) < 1e-6:
+    if length_a == 0 or length_b == 0 or math.sin(w) < FLAT:
         return lerp(a, b, alpha)
     length = (1 - alpha) * length_a + alpha * length_b
     s, t = (math.sin(share * w) / math.sin(w) * length for share in (1 - alpha, alpha))
@@ -104,7 +107,7 @@ def nuslerp(
 
     axis says what a vector is: the whole tensor, or everything that differs only in the last or in
     the first index. alpha is the share of B (in mergekit's weights w_B / (w_A + w_B)): 0 is exactly
-    A, 1 exactly B. A weighted sum where |sin w| < 1e-8. Tensors of one dimension are one vector.
+    A, 1 exactly B. A weighted sum where sin w < 1e-6. Tensors of one dimension are one vector.
     Source: mergekit `nuslerp` (`flatten`, and without it `row_wise` false or true).
     """
     if alpha in (0, 1):
@@ -114,7 +117,7 @@ def nuslerp(
         (uu, uv), (_, vv) = gram(u, v).tolist()
         w = _angle(uv, max(math.sqrt(uu), 1e-7) * max(math.sqrt(vv), 1e-7))
         p, q = 1 - alpha, alpha
-        if abs(math.sin(w)) >= 1e-8:
+        if math.sin(w) >= FLAT:
             p, q = (math.sin(share * w) / math.sin(w) for share in (p, q))
         return _around(base, (p, q), (a, b))
     xp = namespace(a)
@@ -122,7 +125,7 @@ def nuslerp(
     xx, xy, yy = _products(0 if axis == "first" else 1, x, y)
     lengths = clip(xp.sqrt(xx), 1e-7, math.inf) * clip(xp.sqrt(yy), 1e-7, math.inf)
     w = xp.acos(clip(xy / lengths, -1.0, 1.0))
-    flat = xp.abs(xp.sin(w)) < 1e-8
+    flat = xp.sin(w) < FLAT
     sine = xp.where(flat, 1.0, xp.sin(w))
     p = xp.astype(xp.where(flat, 1 - alpha, xp.sin((1 - alpha) * w) / sine), a.dtype)
     q = xp.astype(xp.where(flat, alpha, xp.sin(alpha * w) / sine), a.dtype)

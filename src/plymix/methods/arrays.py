@@ -118,8 +118,8 @@ def dot(x: Array, y: Array) -> float:
     xp, x, y = namespace(x), flatten(x), flatten(y)
     whole = x.shape[0] // ROW * ROW
     rows = xp.vecdot(xp.reshape(x[:whole], (-1, ROW)), xp.reshape(y[:whole], (-1, ROW)))
-    rest = xp.vecdot(x[whole:], y[whole:])
-    return float(xp.sum(rows, dtype=xp.float64)) + float(rest)
+    rest = [xp.astype(v[whole:], xp.float64) for v in (x, y)]
+    return float(xp.sum(rows, dtype=xp.float64)) + float(xp.vecdot(*rest))
 
 
 def norm(x: Array) -> float:

@@ -51,8 +51,8 @@ def tensor2(
 ) -> Array:
     """Tensor Exchange Along Inputs
 
-    As `tensor`, but along the second axis (the input channels) where that is longer than 100.
-
+    As `tensor`, with the same alpha and beta, but along the second axis (the input channels) where
+    that is longer than 100.
     Source: supermerger calcmode `tensor2`, without its mix-up of the two axes for shorter ones.
     """
     return _exchange(a, b, alpha, beta, axis=int(len(a.shape) > 1 and a.shape[1] > 100))
@@ -102,6 +102,8 @@ def top_k_tensor_sum(
     largest. With a third model C all of this happens to A - C and B - C. alpha 0 is exactly A.
     Source: meh `top_k_tensor_sum`.
     """
+    if alpha == 0:
+        return a
     if c is not None:
         return c + top_k_tensor_sum(a - c, b - c, alpha=alpha, beta=beta)
     start, end, inverted = _region(alpha, beta, numel(a))
