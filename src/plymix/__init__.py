@@ -1,1 +1,73 @@
+"""plymix merges diffusion checkpoints layer by layer.
+
+    import plymix
+
+    with plymix.open("model.safetensors") as model:
+        print(len(model.tensors), model.metadata)
+    print(plymix.explain("a.safetensors", "b.safetensors", alpha="GRAD_V"))
+    plymix.merge("a.safetensors", "b.safetensors", "out.safetensors", alpha="GRAD_V")
+
+Importing it does nothing; each name is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from plymix.api import Explanation, Progress, Result, explain, merge, open, two_models
+    from plymix.health import check
+    from plymix.errors import Cancelled, Failure, FormatError, PlymixError, Refusal
+    from plymix.inspection import inspect
+    from plymix.recipe import Recipe
+
+_HOMES = {
+    "Cancelled": "errors",
+    "Explanation": "api",
+    "Failure": "errors",
+    "FormatError": "errors",
+    "PlymixError": "errors",
+    "Progress": "api",
+    "Recipe": "recipe",
+    "Refusal": "errors",
+    "Result": "api",
+    "check": "health",
+    "explain": "api",
+    "inspect": "inspection",
+    "merge": "api",
+    "open": "api",
+    "two_models": "api",
+}
+
+__all__ = [
+    "Cancelled",
+    "Explanation",
+    "Failure",
+    "FormatError",
+    "PlymixError",
+    "Progress",
+    "Recipe",
+    "Refusal",
+    "Result",
+    "__version__",
+    "check",
+    "explain",
+    "inspect",
+    "merge",
+    "open",
+    "two_models",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'plymix' has no attribute {name!r}")
+    return getattr(import_module(f"plymix.{home}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

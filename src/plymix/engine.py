@@ -16,7 +16,7 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, Union
@@ -25,8 +25,21 @@ import numpy as np
 
 from plymix import kernels
 from plymix.errors import Cancelled, Failure, PlymixError
-from plymix.expr import Call, Const, Expr, Leaf, Narrow, Patch, Sum, Tensor, calls, leaves
-from plymix.formats.base import BITS, Handle, Source
+from plymix.expr import (
+    Call,
+    Const,
+    Expr,
+    Leaf,
+    Narrow,
+    Patch,
+    Sum,
+    Tensor,
+    calls,
+    chunkable,
+    leaves,
+    plain_terms,
+)
+from plymix.formats.base import BITS, Handle, Layout, Source
 from plymix.registry import get_method
 
 SPAN = 16 << 20
@@ -134,7 +147,7 @@ def _item(tensor: Tensor) -> Item:
     if isinstance(expr, Leaf) and expr.info.dtype == tensor.dtype and expr.info.strides is None:
         info = expr.info
         return CopyItem(expr.source, info.file, info.offset, tensor.offset, tensor.nbytes)
-    terms = _terms(expr)
+    terms = plain_terms(expr)
     if terms:
         operands = tuple(
             Operand(c, x.source, x.info.file, x.info.offset, x.info.dtype) for c, x in terms
@@ -143,31 +156,6 @@ def _item(tensor: Tensor) -> Item:
     if chunkable(expr):
         return ChunkItem(tensor, 0, tensor.numel)
     return WholeItem(tensor)
-
-
-def _terms(expr: Expr) -> tuple[tuple[float, Leaf], ...]:
-    """The terms of a sum of contiguous tensors, or () when `expr` is not one."""
-    terms = expr.terms if isinstance(expr, Sum) else ((1.0, expr),)
-    found = tuple((c, x) for c, x in terms if isinstance(x, Leaf) and x.info.strides is None)
-    return found if len(found) == len(terms) else ()
-
-
-def chunkable(expr: Expr) -> bool:
-    """Whether every element of `expr` depends on the same element of contiguous inputs only."""
-    return (
-        all(get_method(call.method).kind in ("linear", "elementwise") for call in calls(expr))
-        and all(leaf.info.strides is None for leaf in leaves(expr))
-        and not _reshaped(expr)
-    )
-
-
-def _reshaped(expr: Expr) -> bool:
-    """Whether `expr` holds a node that is not element by element of its leaves."""
-    if isinstance(expr, Sum):
-        return any(_reshaped(term) for _, term in expr.terms)
-    if isinstance(expr, Call):
-        return any(map(_reshaped, expr.args))
-    return not isinstance(expr, Leaf)
 
 
 def _join(a: Item, b: Item) -> Item | None:
@@ -596,7 +584,7 @@ class AtomicFile:
 
     def __init__(self, path: Path, size: int) -> None:
         self.path = path
-        self.temporary = path.with_name(f".{path.name[:180]}.{os.getpid()}{TEMPORARY}")
+        self.temporary = path.with_name(f".{_short(path)}.{os.getpid()}{TEMPORARY}")
         self.size = size
 
     def __enter__(self) -> FileTarget:
@@ -664,11 +652,16 @@ class AtomicFile:
 
 def _sweep(path: Path) -> None:
     """Remove temporaries of `path` whose process is gone (a kill -9, a power cut)."""
-    prefix = f".{path.name[:180]}."
-    for found in path.parent.glob("." + "*" + TEMPORARY):
+    prefix = f".{_short(path)}."
+    for found in path.parent.glob(f".*{TEMPORARY}"):
         pid = found.name[len(prefix) : -len(TEMPORARY)]
         if found.name.startswith(prefix) and pid.isdigit() and not _alive(int(pid)):
             found.unlink(missing_ok=True)
+
+
+def _short(path: Path) -> str:
+    """The file's name, cut so that a temporary's name is no longer than a name may be."""
+    return path.name.encode()[:180].decode(errors="ignore")
 
 
 def _alive(pid: int) -> bool:
@@ -681,3 +674,98 @@ def _alive(pid: int) -> bool:
     except OSError:
         return True
     return True
+
+
+@dataclass(frozen=True)
+class Written:
+    """A finished file."""
+
+    path: Path
+    nbytes: int
+    seconds: float
+
+
+def write(
+    tensors: Sequence[Tensor],
+    sources: Sequence[Source],
+    layout: Layout,
+    path: Path,
+    *,
+    threads: int = 0,
+    device: str = "cpu",
+    late: Mapping[str, Callable[[Callable[[], bool]], str]] | None = None,
+    progress: ProgressCallback | None = None,
+) -> Written:
+    """Write a whole file: tensors, then the pieces around them, then its name.
+
+    `late` gives, for each place-holder in the layout's pieces, a function that computes its value
+    (of the same length); they run beside the merge. Raises Failure or Cancelled; then nothing is
+    left behind and a file that had the name before is as it was.
+    """
+    began = time.monotonic()
+    file = AtomicFile(path, layout.size)
+    with file as target:
+        job = Job(sources, target, device=device)
+        values = _Late(late or {}, lambda: job.stop)
+        try:
+            perform(job, tensors, threads=threads, progress=progress)
+            found = values.wait(progress, began)
+        except BaseException:
+            job.stop = True
+            values.join()
+            raise
+        for at, piece in layout.pieces:
+            for placeholder, value in found.items():
+                piece = piece.replace(placeholder.encode(), value.encode())
+            target.write_at(at, piece)
+        if layout.finish is not None:
+            for at, piece in layout.finish(target.read_at):
+                target.write_at(at, piece)
+        for source in sources:
+            if _same_file(source, path):
+                source.close()  # an open file cannot be replaced on Windows
+        file.commit()
+    return Written(path, layout.size, time.monotonic() - began)
+
+
+def _same_file(source: Source, path: Path) -> bool:
+    return path.exists() and any(os.path.samefile(h.path, path) for h in source.handles)
+
+
+class _Late:
+    """Values computed by threads of their own while the merge runs."""
+
+    def __init__(
+        self,
+        late: Mapping[str, Callable[[Callable[[], bool]], str]],
+        stopped: Callable[[], bool],
+    ) -> None:
+        self.found: dict[str, str] = {}
+        self.error: BaseException | None = None
+        self._stopped = stopped
+        self._threads = [
+            threading.Thread(target=self._one, args=entry, daemon=True) for entry in late.items()
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _one(self, name: str, compute: Callable[[Callable[[], bool]], str]) -> None:
+        try:
+            self.found[name] = compute(self._stopped)
+        except BaseException as e:
+            self.error = e
+
+    def wait(self, progress: ProgressCallback | None, began: float) -> dict[str, str]:
+        total = len(self._threads)
+        while alive := sum(t.is_alive() for t in self._threads):
+            next(t for t in self._threads if t.is_alive()).join(0.1)
+            now = Progress("hashing the inputs", total - alive, total, time.monotonic() - began)
+            if progress is not None and progress(now) is False:
+                raise Cancelled("stopped; nothing was written")
+        if self.error is not None:
+            raise self.error
+        return self.found
+
+    def join(self) -> None:
+        for thread in self._threads:
+            thread.join()

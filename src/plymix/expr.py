@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Union
 
 from plymix.formats.base import BITS, TensorInfo
-from plymix.registry import Method
+from plymix.registry import Method, get_method
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +114,31 @@ def calls(expr: Expr) -> Iterator[Call]:
             yield from calls(expr.inner)
         case Narrow():
             yield from calls(expr.wide)
+
+
+def plain_terms(expr: Expr) -> tuple[tuple[float, Leaf], ...]:
+    """The terms of a sum of contiguous tensors, or () when `expr` is not one."""
+    terms = expr.terms if isinstance(expr, Sum) else ((1.0, expr),)
+    found = tuple((c, x) for c, x in terms if isinstance(x, Leaf) and x.info.strides is None)
+    return found if len(found) == len(terms) else ()
+
+
+def chunkable(expr: Expr) -> bool:
+    """Whether every element of `expr` depends on the same element of contiguous inputs only."""
+    return (
+        all(get_method(call.method).kind in ("linear", "elementwise") for call in calls(expr))
+        and all(leaf.info.strides is None for leaf in leaves(expr))
+        and not _reshaped(expr)
+    )
+
+
+def _reshaped(expr: Expr) -> bool:
+    """Whether `expr` holds a node that is not element by element of its leaves."""
+    if isinstance(expr, Sum):
+        return any(_reshaped(term) for _, term in expr.terms)
+    if isinstance(expr, Call):
+        return any(map(_reshaped, expr.args))
+    return not isinstance(expr, Leaf)
 
 
 def narrow(expr: Expr, channels: int) -> Expr:

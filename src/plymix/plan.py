@@ -17,7 +17,19 @@ from typing import Any
 from plymix import archs, weights
 from plymix.archs import Architecture, Detection, Place
 from plymix.errors import Refusal, listed
-from plymix.expr import Call, Expr, Leaf, Patch, Sum, Tensor, apply, leaves, narrow
+from plymix.expr import (
+    Call,
+    Expr,
+    Leaf,
+    Patch,
+    Sum,
+    Tensor,
+    apply,
+    chunkable,
+    leaves,
+    narrow,
+    plain_terms,
+)
 from plymix.formats import open_model, writer_for
 from plymix.formats.base import Entry, Layout, Source, TensorInfo
 from plymix.recipe import BLEND, DTYPES, Recipe, Step
@@ -116,17 +128,14 @@ class Plan:
         """Bytes of tensor data in the output."""
         return sum(t.nbytes for t in self.tensors)
 
-    @cached_property
-    def memory(self) -> int:
-        """An upper bound of the memory the merge needs, in bytes."""
-        from plymix.engine import available_cpus, chunkable
-
+    def memory(self, threads: int) -> int:
+        """An upper bound of the memory the merge needs with so many threads, in bytes."""
         whole = [
             t.numel * 4 * (2 + len(set(leaves(t.expr))))
             for t in self.tensors
-            if not _is_sum(t.expr) and not chunkable(t.expr)
+            if not plain_terms(t.expr) and not chunkable(t.expr)
         ]
-        return (48 << 20) + available_cpus() * max(whole, default=0)
+        return (64 << 20) + threads * max(whole, default=0)
 
     def tensors_of(self, block: str) -> tuple[Tensor, ...]:
         return tuple(t for t in self.tensors if self.places[t.name].block == block)
@@ -147,11 +156,6 @@ class Plan:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _is_sum(expr: Expr) -> bool:
-    terms = expr.terms if isinstance(expr, Sum) else ((1.0, expr),)
-    return all(isinstance(x, Leaf) and x.info.strides is None for _, x in terms)
 
 
 def build(
@@ -211,6 +215,8 @@ class _Planner:
         self.any = recipe.output.arch == "any"
         for name in needed:
             self.by_name[name] = self._open(name, recipe.models[name].file)
+        if self.any and recipe.parts:
+            raise Refusal("vae and text_encoder need a known architecture; leave out --arch any")
         self.base = self.by_name[recipe.base()]
         self._same_architecture()
         self._same_prediction()
@@ -250,7 +256,6 @@ class _Planner:
         used = [recipe.base()]
         for step in recipe.order():
             used += [n for n in recipe.steps[step].inputs if n in recipe.models]
-        used += [n for n in (recipe.output.vae, recipe.output.text_encoder) if n in recipe.models]
         return list(dict.fromkeys(used))
 
     def _open(self, name: str, file: str) -> Input:
@@ -354,15 +359,13 @@ class _Planner:
         return swaps
 
     def _part(self, name: str, *components: str) -> Input:
-        """The model of the recipe, or else the file, called `name`, as the giver of components."""
+        """The model called `name` as the giver of `components`."""
         what = "VAE" if components == ("vae",) else "text encoder"
-        if name in self.by_name:
-            part = self.by_name[name]
-        else:
-            source_arch = self.arch
-            part = self._open_part(name)
+        part = self.by_name.get(name)
+        if part is None:
+            part = next((i for i in self.inputs if i.name == name), None) or self._open_part(name)
             theirs = part.detection.arch
-            if part.detection.kind in ("checkpoint", "denoiser") and theirs != source_arch:
+            if part.detection.kind in ("checkpoint", "denoiser") and theirs != self.arch:
                 raise Refusal(
                     f"the {what} of {part.label} ({part.detection.title}) does not fit"
                     f" {self.base.label} ({self.base.detection.title}); use one made for {self.short}"
@@ -374,10 +377,10 @@ class _Planner:
             )
         return part
 
-    def _open_part(self, file: str) -> Input:
+    def _open_part(self, name: str) -> Input:
         """A component file: its keys are read as the base architecture spells them."""
         assert self.arch is not None
-        source = self.open_file(file)
+        source = self.open_file(self.recipe.models[name].file)
         detection = archs.detect({k: t.shape for k, t in source.tensors.items()})
         places: dict[str, Place] = {}
         tensors: dict[str, TensorInfo] = {}
@@ -390,9 +393,8 @@ class _Planner:
             tensors[place.key] = info
             places[place.key] = place
         part = Input(
-            len(self.inputs), f"file {source.path.name}", source, detection, tensors, places,
-            tuple(strangers),
-        )  # fmt: skip
+            len(self.inputs), name, source, detection, tensors, places, tuple(strangers)
+        )
         self.inputs.append(part)
         return part
 

@@ -82,6 +82,12 @@ class Recipe(msgspec.Struct, frozen=True):
     output: Output
 
     @property
+    def parts(self) -> tuple[str, ...]:
+        """Models that the output takes components from."""
+        named = (self.output.vae, self.output.text_encoder)
+        return tuple(dict.fromkeys(n for n in named if n in self.models))
+
+    @property
     def final(self) -> str:
         return self.output.from_
 
@@ -188,8 +194,28 @@ def from_dict(found: Any) -> Recipe:
             raise Refusal(f"{name!r} is both a model and a step; rename one")
     output = _output(_table("output", found.get("output", {})), models, steps)
     recipe = Recipe(models, steps, output)
+    for part in ("vae", "text_encoder"):
+        recipe = _with_part(recipe, part)
     _check_references(recipe)
     return recipe
+
+
+def _with_part(recipe: Recipe, part: str) -> Recipe:
+    """A file named in `output.vae` or the like, made a model of the recipe with a name."""
+    file = getattr(recipe.output, part)
+    if not file or file in recipe.models or (part == "vae" and file == BLEND):
+        return recipe
+    stem = re.sub(r"[^\w.+()-]", "_", Path(file).stem) or part
+    name = next(
+        n
+        for n in (stem, *(f"{stem}-{i}" for i in range(2, 100)))
+        if n not in recipe.steps and n != BLEND and recipe.models.get(n, Model(file)).file == file
+    )
+    return Recipe(
+        {**recipe.models, name: recipe.models.get(name, Model(file))},
+        recipe.steps,
+        msgspec.structs.replace(recipe.output, **{part: name}),
+    )
 
 
 def _table(where: str, value: Any) -> dict[str, Any]:
@@ -350,10 +376,17 @@ def with_setting(recipe: Recipe, path: str, text: str) -> Recipe:
     for key in keys[:-1]:
         if not isinstance(at, dict) or key not in at:
             raise unknown(f"field on the way to {path}", key, at if isinstance(at, dict) else [])
-        if key == keys[-2] and isinstance(at[key], (int, float)) and not isinstance(at[key], bool):
-            at[key] = {"base": at[key], "default": at[key]}  # a plain number, opened up
+        if keys[0] == "steps" and key == keys[-2] and not isinstance(at[key], dict):
+            at[key] = _opened(at[key])
         at = at[key]
     if not isinstance(at, dict):
         raise Refusal(f"--set {path}: {'.'.join(keys[:-1])} is not a table")
     at[keys[-1]] = value
     return from_dict(found)
+
+
+def _opened(weight: Any) -> dict[str, Any]:
+    """A weight written as a number, a preset or a list, as the table that says the same."""
+    if isinstance(weight, (int, float)):
+        return {"base": weight, "default": weight, "blocks": {}}
+    return {"blocks": weight}

@@ -1,0 +1,362 @@
+"""The calls a user makes: open, explain, merge. The command line and notebooks share them.
+
+    import plymix
+
+    plymix.merge("a.safetensors", "b.safetensors", "out.safetensors", alpha="GRAD_V")
+    print(plymix.explain("a.safetensors", "b.safetensors", alpha=0.3))
+
+`alpha` is always the share of the second model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Union
+
+from plymix import engine, hashes, metadata, plan as planning, recipe as recipes
+from plymix.engine import Progress, ProgressCallback
+from plymix.errors import Refusal, unknown
+from plymix.formats import Source, open_model
+from plymix.plan import Plan
+from plymix.recipe import BLEND, Recipe
+
+PathLike = Union[str, "os.PathLike[str]"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished merge."""
+
+    path: Path
+    formula: str
+    nbytes: int
+    seconds: float
+    merged: int
+    copied: int
+    dropped: int
+    unmatched: int
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        found = {**self.__dict__, "path": str(self.path), "notes": list(self.notes)}
+        return found
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path.name} = {self.formula}  [{size(self.nbytes)}, {self.seconds:.1f} s,"
+            f" {self.merged} merged, {self.copied} copied, {self.dropped} dropped,"
+            f" {self.unmatched} unmatched]"
+        )
+
+
+@dataclass(frozen=True)
+class Share:
+    """How much of each input a block of the result holds: file name -> coefficient."""
+
+    block: str
+    component: str
+    tensors: int
+    merged: int
+    copied: int
+    shares: Mapping[str, float]
+    method: str = ""  # the methods at work where shares do not say it all
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a merge would do. Nothing is written to find it out."""
+
+    formula: str
+    architecture: str
+    blocks: tuple[Share, ...]
+    merged: int
+    copied: int
+    dropped: Mapping[str, Mapping[str, int]]
+    unmatched: Mapping[str, tuple[str, ...]]
+    bytes_read: int
+    bytes_written: int
+    memory: int
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        import dataclasses
+
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        lines = [self.formula, self.architecture]
+        for b in self.blocks:
+            shares = ", ".join(f"{100 * c:.4g} % {name}" for name, c in b.shares.items())
+            how = f" by {b.method}" if b.method else ""
+            lines.append(f"{b.block:<6} {b.merged:>4} merged {b.copied:>4} copied  {shares}{how}")
+        lines += self.notes
+        return "\n".join(lines)
+
+
+def open(path: PathLike) -> Source:
+    """Open a model file: its tensors, metadata and positioned reads. Close it, or use `with`.
+
+    Raises Refusal or FormatError; reads the header only.
+    """
+    return open_model(path)
+
+
+def two_models(
+    a: PathLike,
+    b: PathLike,
+    *,
+    alpha: Any = 0.5,
+    base: float | None = None,
+    method: str = "weighted_sum",
+    c: PathLike | None = None,
+    vae: str = "a",
+    dtype: str = "keep",
+    ema: str = "drop",
+    union: bool = False,
+    arch: str = "",
+    allow_mixed_prediction: bool = False,
+) -> Recipe:
+    """The recipe of a merge of two models (three with `c`): what the command `merge` runs.
+
+    `alpha` is the share of `b`: a number, a preset's name, a list of block weights, or a mapping as
+    in a recipe. `base` is the text encoder's share where `alpha` is not a plain number. `vae` is
+    "a", "b", "blend" or a file. Raises Refusal.
+    """
+    models = {"a": os.fspath(a), "b": os.fspath(b)}
+    step: dict[str, Any] = {"method": method, "a": "a", "b": "b"}
+    if method == "add_difference" and c is None:
+        raise Refusal("add_difference is a + alpha (b - c): name the third model with --c")
+    if method == "weighted_sum" and c is not None:
+        raise Refusal("weighted_sum takes two models; leave out --c or use --method add_difference")
+    if c is not None:
+        models["c"] = os.fspath(c)
+        step["c"] = "c"
+    step["alpha"] = with_base(alpha, base)
+    vae = {"a": "", "b": "b", "c": "c" if c is not None else "c"}.get(vae.lower(), vae)
+    if vae.lower() == BLEND:
+        vae = BLEND
+    output = {
+        "from": "merge",
+        "dtype": dtype,
+        "vae": vae,
+        "ema": ema,
+        "union": union,
+        "arch": arch,
+        "allow_mixed_prediction": allow_mixed_prediction,
+    }
+    return recipes.from_dict({"models": models, "steps": {"merge": step}, "output": output})
+
+
+def with_base(alpha: Any, base: float | None) -> Any:
+    """A weight setting with the text encoder's share said apart (`--base`)."""
+    from plymix import weights
+
+    setting = weights.from_toml(alpha, field="alpha") if not isinstance(alpha, str) else alpha
+    if isinstance(setting, str):
+        setting = weights.parse(setting, field="alpha")
+    value = weights.to_json(setting)
+    if base is None:
+        return value
+    if isinstance(value, dict):
+        if value.get("base", base) != base:
+            raise Refusal(f"BASE is said twice: {value['base']} in alpha and {base} by --base")
+        return {**value, "base": base}
+    if isinstance(value, (int, float)):
+        return {"base": base, "default": value, "blocks": {}}
+    return {"base": base, "blocks": value}
+
+
+def explain(a: PathLike | Recipe, b: PathLike | None = None, **options: Any) -> Explanation:
+    """What `merge` with the same arguments would do, without doing it.
+
+    Takes two models and the options of `two_models`, or a Recipe. `models` names folders to look
+    for files in; `strict` refuses keys without a partner. Raises Refusal.
+    """
+    with _plan(a, b, options) as plan:
+        return explained(plan)
+
+
+def merge(
+    a: PathLike | Recipe,
+    b: PathLike | None = None,
+    out: PathLike | None = None,
+    *,
+    force: bool = False,
+    threads: int = 0,
+    device: str = "cpu",
+    progress: ProgressCallback | None = None,
+    **options: Any,
+) -> Result:
+    """Merge two models, or run a Recipe, into the file `out` (.safetensors or .ckpt).
+
+    Options are those of `two_models`, and `models` and `strict` as for `explain`. An existing file
+    is replaced only with `force`. `threads` 0 means one per processor. `progress` is called a few
+    times a second with a `Progress`; if it returns False the merge stops and leaves nothing.
+    Raises Refusal before anything is read, Failure or Cancelled after.
+    """
+    path = output_path(a, out)
+    ready(path, force)
+    with _plan(a, b, options) as plan:
+        return run(plan, path, threads=threads, device=device, progress=progress)
+
+
+def _plan(a: PathLike | Recipe, b: PathLike | None, options: dict[str, Any]) -> Plan:
+    folders: Sequence[str] = options.pop("models", ())
+    strict: bool = options.pop("strict", False)
+    if isinstance(a, Recipe):
+        if b is not None or options:
+            raise Refusal("a Recipe says it all: give no second model and no merge options with it")
+        return planning.build(a, folders=folders, strict=strict)
+    if b is None:
+        raise Refusal("a merge of files needs two of them; to run a recipe, pass a Recipe")
+    known = two_models.__kwdefaults__ or {}
+    for name in options:
+        if name not in known:
+            raise unknown("option", name, [*known, "models", "strict"])
+    return planning.build(two_models(a, b, **options), folders=folders, strict=strict)
+
+
+def output_path(a: PathLike | Recipe, out: PathLike | None) -> Path:
+    file = out or (a.output.file if isinstance(a, Recipe) else "")
+    if not file:
+        raise Refusal("where to? name the output file (-o out.safetensors)")
+    return Path(file).expanduser()
+
+
+def ready(path: Path, force: bool) -> None:
+    """Refuse an output that cannot or should not be written, before any work."""
+    planning.writer_for(path)
+    if path.is_dir():
+        raise Refusal(f"{path} is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise Refusal(f"the folder {path.parent} does not exist; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise Refusal(f"the folder {path.parent} is read-only; choose another place")
+    if path.exists() and not force:
+        raise Refusal(f"{path} exists; say --force to replace it, or choose another name")
+
+
+def run(
+    plan: Plan,
+    path: Path,
+    *,
+    threads: int = 0,
+    device: str = "cpu",
+    progress: ProgressCallback | None = None,
+) -> Result:
+    """Carry out a plan into the file `path` (checked by `ready`)."""
+    if device != "cpu":
+        from plymix import gpu
+
+        gpu.require(device)
+    tensors, layout = plan.layout(path, metadata.build(plan))
+    late = {metadata.pending(i): _hasher(i.source.path) for i in plan.inputs}
+    written = engine.write(
+        tensors,
+        plan.sources,
+        layout,
+        path,
+        threads=threads,
+        device=device,
+        late=late,
+        progress=progress,
+    )
+    return Result(
+        path=path,
+        formula=metadata.formula(plan.recipe),
+        nbytes=written.nbytes,
+        seconds=written.seconds,
+        merged=plan.merged,
+        copied=plan.copied,
+        dropped=sum(len(keys) for rules in plan.dropped.values() for keys in rules.values()),
+        unmatched=sum(map(len, plan.unmatched.values())),
+        notes=plan.notes,
+    )
+
+
+def _hasher(path: Path) -> Callable[[Callable[[], bool]], str]:
+    return lambda stopped: hashes.sha256(path, stopped)
+
+
+def explained(plan: Plan) -> Explanation:
+    """The account of a plan, for people and for JSON."""
+    from plymix.engine import available_cpus
+    from plymix.expr import calls, plain_terms
+
+    order = [*(plan.arch.blocks if plan.arch else ()), "BASE", "VAE", "EMA", "BUFFER"]
+    rows: dict[tuple[str, str], list[Any]] = {}
+    for tensor in plan.tensors:
+        place = plan.places[tensor.name]
+        rows.setdefault((place.block, place.component), []).append(tensor)
+    blocks = []
+    labels = [i.label for i in plan.inputs]
+    if len(set(labels)) < len(labels):
+        labels = [f"{i.name}: {i.label}" for i in plan.inputs]
+    for (block, component), tensors in sorted(
+        rows.items(), key=lambda r: order.index(r[0][0]) if r[0][0] in order else len(order)
+    ):
+        seen: Counter[tuple[tuple[str, float], ...]] = Counter()
+        methods: set[str] = set()
+        for t in tensors:
+            terms = plain_terms(t.expr)
+            methods.update(call.method for call in calls(t.expr))
+            if terms:
+                total: dict[str, float] = {}
+                for coefficient, leaf in terms:
+                    name = labels[leaf.source]
+                    total[name] = total.get(name, 0.0) + coefficient
+                seen[tuple(total.items())] += 1
+        common = dict(seen.most_common(1)[0][0]) if seen else {}
+        merged = sum(plan.fates[t.name].how == "merged" for t in tensors)
+        blocks.append(
+            Share(
+                block=block,
+                component=component,
+                tensors=len(tensors),
+                merged=merged,
+                copied=len(tensors) - merged,
+                shares=common,
+                method=", ".join(sorted(methods)),
+            )
+        )
+    return Explanation(
+        formula=metadata.formula(plan.recipe),
+        architecture=plan.base.detection.title,
+        blocks=tuple(blocks),
+        merged=plan.merged,
+        copied=plan.copied,
+        dropped={
+            name: {rule: len(keys) for rule, keys in rules.items()}
+            for name, rules in plan.dropped.items()
+        },
+        unmatched=plan.unmatched,
+        bytes_read=plan.bytes_read,
+        bytes_written=plan.nbytes,
+        memory=plan.memory(available_cpus()),
+        notes=plan.notes,
+    )
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people: '2.13 GB' (powers of 1000, as disks are sold)."""
+    for unit in ("B", "kB", "MB"):
+        if nbytes < 1000:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} GB"
+
+
+__all__ = [
+    "Explanation",
+    "Progress",
+    "Result",
+    "Share",
+    "explain",
+    "merge",
+    "open",
+    "two_models",
+]

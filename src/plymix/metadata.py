@@ -1,0 +1,166 @@
+"""What a result says about itself: its recipe, ModelSpec, and A1111's merge records.
+
+Names and hashes of the inputs only, never a path. Hashes that are not known yet stand in as
+place-holders of the same length (`pending`), which the engine replaces when they are.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
+
+from msgspec.structs import replace
+
+from plymix import __version__, hashes
+from plymix.plan import Input, Plan
+from plymix.recipe import METADATA_KEY, Model, Recipe, Step, to_json
+
+A1111_METHODS = {"weighted_sum": "Weighted sum", "add_difference": "Add difference"}
+
+
+def pending(i: Input) -> str:
+    """The place-holder of an input's SHA-256: 64 characters that occur nowhere else."""
+    return f"<plymix: sha256 of input {i.index:>4} is not known yet>".ljust(64, "-")
+
+
+def today() -> str:
+    """The date a result carries (ISO 8601, UTC), or that of SOURCE_DATE_EPOCH."""
+    epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
+    utc = datetime.timezone.utc
+    now = datetime.datetime.fromtimestamp(int(epoch), utc) if epoch.isdigit() else None
+    return (now or datetime.datetime.now(utc)).date().isoformat()
+
+
+def recorded(plan: Plan) -> Recipe:
+    """The recipe as it is stored: file names without folders, sizes, hashes, the date."""
+    models = dict(plan.recipe.models)
+    for i in plan.inputs:
+        models[i.name] = Model(i.label, i.source.nbytes, pending(i))
+    used = {i.name for i in plan.inputs}
+    output = replace(plan.recipe.output, file="", date=plan.recipe.output.date or today())
+    steps = {name: plan.recipe.steps[name] for name in plan.recipe.order()}
+    return Recipe({n: m for n, m in models.items() if n in used}, steps, output)
+
+
+def build(plan: Plan) -> dict[str, str]:
+    """The result's metadata: text to text."""
+    recipe = recorded(plan)
+    found = {METADATA_KEY: to_json(recipe), "format": "pt"}
+    found.update(_modelspec(plan, recipe))
+    found.update(_a1111(plan, recipe))
+    return found
+
+
+def _modelspec(plan: Plan, recipe: Recipe) -> dict[str, str]:
+    """SAI ModelSpec 1.0.1 (https://github.com/Stability-AI/ModelSpec)."""
+    names = [PurePath(i.label).stem for i in plan.inputs]
+    found = {
+        "sai_model_spec": "1.0.1",
+        "implementation": "https://github.com/Stability-AI/generative-models",
+        "title": recipe.output.title or f"plymix merge of {' + '.join(dict.fromkeys(names))}",
+        "date": recipe.output.date,
+        "merged_from": ", ".join(dict.fromkeys(names)),
+        "description": f"Merged with plymix {__version__}: {formula(recipe)}",
+    }
+    if plan.arch is not None:
+        found["architecture"] = plan.arch.modelspec_id(plan.base.detection.variant)
+    if plan.base.prediction:
+        found["prediction_type"] = plan.base.prediction
+    if resolution := plan.base.source.metadata.get("modelspec.resolution"):
+        found["resolution"] = resolution
+    return {f"modelspec.{key}": value for key, value in found.items() if value}
+
+
+def _a1111(plan: Plan, recipe: Recipe) -> dict[str, str]:
+    """`sd_merge_recipe` and `sd_merge_models` as A1111's checkpoint merger writes them."""
+    last = recipe.steps.get(recipe.final)
+    by_name = {i.name: i for i in plan.inputs}
+    inputs = [by_name[n] for n in (last.inputs if last else ()) if n in by_name]
+    tokens = [pending(i) for i in inputs] + [None] * 3
+    alpha = last.params.get("alpha", 0.5) if last else 0.0
+    said = {
+        "type": "plymix",
+        "primary_model_hash": tokens[0],
+        "secondary_model_hash": tokens[1],
+        "tertiary_model_hash": tokens[2],
+        "interp_method": A1111_METHODS.get(last.method, last.method) if last else "No interpolation",
+        "multiplier": alpha if isinstance(alpha, (int, float)) else json.dumps(alpha),
+        "save_as_half": recipe.output.dtype == "fp16",
+        "custom_name": recipe.output.title,
+        "config_source": 0,
+        "bake_in_vae": by_name[recipe.output.vae].label if recipe.output.vae in by_name else "None",
+        "discard_weights": "",
+        "is_inpainting": plan.base.detection.variant == "inpainting",
+        "is_instruct_pix2pix": plan.base.detection.variant == "pix2pix",
+        "formula": formula(recipe),
+    }
+    models: dict[str, Any] = {}
+    for i in plan.inputs:
+        models.update(_ancestors(i.source.metadata))
+    for i in plan.inputs:
+        models[pending(i)] = {
+            "name": i.label,
+            "legacy_hash": hashes.legacy_hash(i.source.path) if i.source.handles else "",
+            "sd_merge_recipe": _parsed(i.source.metadata.get("sd_merge_recipe")),
+        }
+    return {"sd_merge_recipe": json.dumps(said), "sd_merge_models": json.dumps(models)}
+
+
+def _ancestors(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The flat ancestry an input carries itself."""
+    found = _parsed(metadata.get("sd_merge_models"))
+    return found if isinstance(found, dict) else {}
+
+
+def _parsed(text: str | None) -> Any:
+    if text is None:
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+# --- the formula, for people --------------------------------------------------------------------
+
+
+def formula(recipe: Recipe, name: str | None = None) -> str:
+    """The merge as one line with file names: '(1 - a) sd.ckpt + a wd.ckpt, a = GRAD_V'."""
+    name = recipe.final if name is None else name
+    if name not in recipe.steps:
+        return PurePath(recipe.models[name].file).name
+    return _step_formula(recipe, recipe.steps[name])
+
+
+def _step_formula(recipe: Recipe, step: Step) -> str:
+    def operand(name: str) -> str:
+        text = formula(recipe, name)
+        return f"({text})" if name in recipe.steps else text
+
+    names = [operand(n) for n in step.inputs]
+    alpha = step.params.get("alpha", 0.5 if step.method == "weighted_sum" else 1.0)
+    if step.method == "weighted_sum":
+        if isinstance(alpha, (int, float)):
+            return f"{1 - alpha:.4g} × {names[0]} + {alpha:.4g} × {names[1]}"
+        return f"(1 - α) × {names[0]} + α × {names[1]}, α = {_weight(alpha)}"
+    if step.method == "add_difference" and len(names) == 3:
+        factor, rest = "α", f", α = {_weight(alpha)}"
+        if isinstance(alpha, (int, float)):
+            factor, rest = f"{alpha:.4g}", ""
+        return f"{names[0]} + {factor} × ({names[1]} - {names[2]}){rest}"
+    params = "".join(f", {k} = {_weight(v)}" for k, v in step.params.items())
+    return f"{step.method}({', '.join(names)}{params})"
+
+
+def _weight(value: Any) -> str:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return f"{value:.4g}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_weight(v) for v in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k} = {_weight(v)}" for k, v in value.items()) + "}"
+    return str(value)
