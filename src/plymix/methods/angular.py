@@ -29,6 +29,7 @@ from plymix.methods.arrays import (
     model_weights,
     namespace,
     norm,
+    rowwise,
     to_numpy,
 )
 from plymix.registry import Range, method
@@ -121,15 +122,26 @@ def nuslerp(
             p, q = (math.sin(share * w) / math.sin(w) for share in (p, q))
         return _around(base, (p, q), (a, b))
     xp = namespace(a)
-    x, y = (_matrix(z) if axis == "first" else _lines(z) for z in (u, v))
-    xx, xy, yy = _products(0 if axis == "first" else 1, x, y)
-    lengths = clip(xp.sqrt(xx), 1e-7, math.inf) * clip(xp.sqrt(yy), 1e-7, math.inf)
-    w = xp.acos(clip(xy / lengths, -1.0, 1.0))
-    flat = xp.sin(w) < FLAT
-    sine = xp.where(flat, 1.0, xp.sin(w))
-    p = xp.astype(xp.where(flat, 1 - alpha, xp.sin((1 - alpha) * w) / sine), a.dtype)
-    q = xp.astype(xp.where(flat, alpha, xp.sin(alpha * w) / sine), a.dtype)
-    moved = xp.reshape(blockwise(lambda x, y, p, q: x * p + y * q, x, y, p, q), a.shape)
+
+    def shares(xx: Array, xy: Array, yy: Array) -> tuple[Array, Array]:
+        lengths = clip(xp.sqrt(xx), 1e-7, math.inf) * clip(xp.sqrt(yy), 1e-7, math.inf)
+        w = xp.acos(clip(xy / lengths, -1.0, 1.0))
+        flat = xp.sin(w) < FLAT
+        sine = xp.where(flat, 1.0, xp.sin(w))
+        p = xp.where(flat, 1 - alpha, xp.sin((1 - alpha) * w) / sine)
+        q = xp.where(flat, alpha, xp.sin(alpha * w) / sine)
+        return xp.astype(p, a.dtype), xp.astype(q, a.dtype)
+
+    def turn(x: Array, y: Array, p: Array, q: Array) -> Array:
+        return x * p + y * q
+
+    if axis == "first":
+        x, y = _matrix(u), _matrix(v)
+        moved = rowwise(turn, x, y, *shares(*_column_products(x, y)))
+    else:
+        x, y = _lines(u), _lines(v)
+        moved = rowwise(lambda x, y: turn(x, y, *shares(*_row_products(x, y))), x, y)
+    moved = xp.reshape(moved, a.shape)
     return moved if base is None else moved + base
 
 
@@ -418,7 +430,7 @@ def cosine_local_a(a: Array, b: Array, *, alpha: float = 0.0) -> Array:
     """
     if not a.shape:
         return a
-    return _take_different(a, b, _cosines(*_products(0, _matrix(a), _matrix(b))), alpha)
+    return _take_different(a, b, _cosines(*_column_products(_matrix(a), _matrix(b))), alpha)
 
 
 @method("tensor")
@@ -434,7 +446,7 @@ def cosine_local_b(a: Array, b: Array, *, alpha: float = 0.0) -> Array:
     """
     if not a.shape:
         return a
-    products = _products(0, _matrix(a), _matrix(b))
+    products = _column_products(_matrix(a), _matrix(b))
     whole = _cosines(*(namespace(a).sum(p, keepdims=True) for p in products))
     return _take_different(a, b, (_cosines(*products) + whole) / 2, alpha)
 
@@ -454,9 +466,7 @@ def cosine_gate_blend(a: Array, b: Array, *, alpha: float = 0.5) -> Array:
         return a
     if len(a.shape) < 2:
         return lerp(a, b, 0.25 * alpha)
-    c = _cosines(*_products(1, _matrix(a), _matrix(b)))
-    gate = clip((c + 1) / 2, 0.0, 1.0) * abs(alpha)
-    return match_spread(_mix(a, b, clip(gate, 0.0, 1.0)), a)
+    return match_spread(_mix_rows(a, b, lambda c: clip(abs(alpha) * (c + 1) / 2, 0.0, 1.0)), a)
 
 
 @method("tensor")
@@ -477,8 +487,7 @@ def channel_cosine_gate(
         return a
     if len(a.shape) < 2:
         return lerp(a, b, alpha)
-    c = _cosines(*_products(1, _matrix(a), _matrix(b)), eps=1e-12)
-    return _mix(a, b, clip((1 - c) * beta, 0.0, 1.0) * alpha)
+    return _mix_rows(a, b, lambda c: clip((1 - c) * beta, 0.0, 1.0) * alpha)
 
 
 @method("tensor")
@@ -507,7 +516,7 @@ def cosine_scaled(
     if not a.shape:
         return lerp(a, b, alpha) if c is None else a + (b - c) * alpha
     xp = namespace(a, b)
-    k = xp.abs(_cosines(*_products(0, _matrix(a), _matrix(b))))
+    k = xp.abs(_cosines(*_column_products(_matrix(a), _matrix(b))))
     low, high = _trimmed_range(to_numpy(k))
     if high - low > NARROW:
         k = clip((k - low) / (high - low), 0.0, 1.0)
@@ -547,15 +556,15 @@ def extract(
     if not a.shape:
         return a
     view = _matrix if axis == "row" and len(a.shape) > 1 else _lines
-    x, y, z = (view(v) for v in (a, b, c))
-    s = _cosines(*_products(1, x, y, z, of=lambda x, y, z: (y - x, z - x)))
-    d = clip((s + 1) / 2, 0.0, 1.0) ** gamma
-    d = namespace(a).astype(d * (1 - beta) + (1 - d) * beta, a.dtype)
+    xp = namespace(a, b, c)
 
-    def one(x: Array, y: Array, z: Array, d: Array) -> Array:
-        return x + ((y - x) * (1 - alpha) + (z - x) * alpha) * d
+    def one(x: Array, y: Array, z: Array) -> Array:
+        y, z = y - x, z - x
+        d = clip((_cosines(*_row_products(y, z)) + 1) / 2, 0.0, 1.0) ** gamma
+        d = xp.astype(d * (1 - beta) + (1 - d) * beta, a.dtype)
+        return x + (y * (1 - alpha) + z * alpha) * d
 
-    return namespace(a).reshape(blockwise(one, x, y, z, d), a.shape)
+    return xp.reshape(rowwise(one, view(a), view(b), view(c)), a.shape)
 
 
 # -- shared ---------------------------------------------------------------------------------------
@@ -595,25 +604,27 @@ def _lines(x: Array) -> Array:
     return namespace(x).reshape(x, (-1, x.shape[-1]))
 
 
-def _products(
-    axis: Literal[0, 1],
-    *arrays: Array,
-    of: Callable[..., tuple[Array, Array]] = lambda x, y: (x, y),
-) -> tuple[Array, Array, Array]:
-    """x . x, x . y and y . y along one axis of the matrices `x, y = of(*arrays)`.
+def _row_products(x: Array, y: Array) -> tuple[Array, Array, Array]:
+    """x . x, x . y and y . y of each row of two matrices, as columns.
 
-    float64 throughout, because what is asked is often how far a cosine is from 1; the summed axis
-    has length 1. `of` works element by element and is called on blocks of rows.
+    float64, because what is asked is often how far a cosine is from 1.
     """
-    xp = namespace(*arrays)
-    rows, columns = arrays[0].shape
-    step = max(1, (BLOCK if is_numpy_array(arrays[0]) else 1 << 24) // columns)
-    parts = []
+    xp = namespace(x, y)
+    x, y = xp.astype(x, xp.float64), xp.astype(y, xp.float64)
+    xx, xy, yy = (xp.vecdot(p, q)[:, None] for p, q in ((x, x), (x, y), (y, y)))
+    return xx, xy, yy
+
+
+def _column_products(x: Array, y: Array) -> tuple[Array, Array, Array]:
+    """As `_row_products` of each column, as rows."""
+    xp = namespace(x, y)
+    rows, columns = x.shape
+    step = max(1, (BLOCK if is_numpy_array(x) else 1 << 24) // columns)
+    total: Any = 0.0
     for i in range(0, rows, step):
-        x, y = (xp.astype(v, xp.float64) for v in of(*(v[i : i + step, :] for v in arrays)))
-        pairs = ((x, x), (x, y), (y, y))
-        parts.append(xp.stack([xp.sum(p * q, axis=axis, keepdims=True) for p, q in pairs]))
-    total = xp.concat(parts, axis=1) if axis == 1 else sum(parts)
+        p, q = (xp.astype(v[i : i + step, :], xp.float64) for v in (x, y))
+        pairs = ((p, p), (p, q), (q, q))
+        total = total + xp.stack([xp.sum(p * q, axis=0, keepdims=True) for p, q in pairs])
     xx, xy, yy = xp.unstack(total)
     return xx, xy, yy
 
@@ -630,6 +641,17 @@ def _mix(a: Array, b: Array, t: Array) -> Array:
     return xp.reshape(mix(_matrix(a), _matrix(b), xp.astype(t, a.dtype)), a.shape)
 
 
+def _mix_rows(a: Array, b: Array, gate: Callable[[Array], Array]) -> Array:
+    """`mix` with t = gate(cosine) for each output channel."""
+    xp = namespace(a, b)
+
+    def one(x: Array, y: Array) -> Array:
+        t = gate(_cosines(*_row_products(x, y), eps=1e-12))
+        return mix(x, y, xp.astype(t, a.dtype))
+
+    return xp.reshape(rowwise(one, _matrix(a), _matrix(b)), a.shape)
+
+
 def _take_different(a: Array, b: Array, c: Array, alpha: float) -> Array:
     return b if alpha == 1 else _mix(a, b, 1 - clip(c - alpha, 0.0, 1.0))
 
@@ -644,7 +666,7 @@ def _keep_similar(a: Array, b: Array, c: Any, state: tuple[float, float], alpha:
 
 def _normalised_cosines(a: Array, b: Array) -> tuple[Any, float]:
     """Cosine of each column, NaN where one is 0, and of the tensors of normalised columns."""
-    aa, ab, bb = (to_numpy(p) for p in _products(0, _matrix(a), _matrix(b)))
+    aa, ab, bb = (to_numpy(p) for p in _column_products(_matrix(a), _matrix(b)))
     sizes = np.sqrt(aa * bb)
     s = np.where(sizes > 0, ab / np.where(sizes > 0, sizes, 1), np.nan)
     columns = math.sqrt(np.count_nonzero(aa) * np.count_nonzero(bb))
@@ -653,7 +675,7 @@ def _normalised_cosines(a: Array, b: Array) -> tuple[Any, float]:
 
 def _mean_cosines(a: Array, b: Array) -> Any:
     """Mean of the cosine of each column and that of the tensors; NaN where a tensor is 0."""
-    aa, ab, bb = (to_numpy(p) for p in _products(0, _matrix(a), _matrix(b)))
+    aa, ab, bb = (to_numpy(p) for p in _column_products(_matrix(a), _matrix(b)))
     size = math.sqrt(aa.sum() * bb.sum())
     whole = ab.sum() / size if size else math.nan
     return (ab / np.maximum(np.sqrt(aa * bb), 1e-8) + whole) / 2

@@ -53,14 +53,19 @@ def blockwise(f: Callable[..., Array], *arrays: Array, dtype: Any = None) -> Arr
     first = arrays[0]
     if all(x.shape == first.shape for x in arrays):
         arrays = tuple(flatten(x) for x in arrays)
-    xp, n, size = namespace(first), arrays[0].shape[0], numel(first)
+    return namespace(first).reshape(rowwise(f, *arrays, dtype=dtype), first.shape)
+
+
+def rowwise(f: Callable[..., Array], *arrays: Array, dtype: Any = None) -> Array:
+    """As `blockwise`, for an `f` that works index by index of the first axis (row by row)."""
+    first, n, size = arrays[0], arrays[0].shape[0], numel(arrays[0])
     if size <= BLOCK or not is_numpy_array(first):
-        return xp.reshape(f(*arrays), first.shape)
+        return f(*arrays)
     step = max(1, BLOCK * n // size)
-    out = xp.empty_like(arrays[0], dtype=dtype)
+    out = np.empty_like(first, dtype=dtype)
     for i in range(0, n, step):
         out[i : i + step] = f(*(x if x.shape[0] == 1 else x[i : i + step] for x in arrays))
-    return xp.reshape(out, first.shape)
+    return out
 
 
 def combine(coefficients: Sequence[float], arrays: Sequence[Array]) -> Array:
@@ -192,7 +197,7 @@ def kth_smallest(x: Array, k: int) -> float:
     """The k-th smallest element of `x`, counted from 1."""
     if is_numpy_array(x):
         return float(np.partition(x, k - 1, axis=None)[k - 1])
-    return float(namespace(x).sort(flatten(x))[k - 1])
+    return float(namespace(x).sort(flatten(x), stable=False)[k - 1])
 
 
 def argsort(x: Array) -> Array:
