@@ -256,8 +256,8 @@ def _median3(x: Array) -> Array:
         sizes = (block.shape[0] - 2, *x.shape[1:])
         if is_numpy_array(block):
             view = np.lib.stride_tricks.sliding_window_view(block, (3,) * len(sizes))
-            window = view.reshape(*sizes, windows)
-            window.sort(axis=-1)  # a copy; for so few elements faster than a partition
+            window = view.copy().reshape(*sizes, windows)
+            window.sort(axis=-1)  # for so few elements faster than a partition
         else:
             views = [
                 block[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))]
