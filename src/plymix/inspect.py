@@ -1,0 +1,374 @@
+"""What a model file is, told from its header alone: `inspect(path)` gives a `Report` of plain values.
+
+Any file that can be read is reported on, LoRAs, VAEs and unknown ones too; nothing is refused for
+being unfit for a merge. Only hashes read tensor data, and only when asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from plymix import archs, hashes, recipe
+from plymix.archs import Detection, Place
+from plymix.errors import Refusal
+from plymix.formats import open_model
+from plymix.formats.base import Source, TensorInfo
+from plymix.plan import Input
+
+BRIEF = 100
+"""Characters of a metadata value that people are shown."""
+
+KEYS_SHOWN = 10
+"""How many unknown keys a report names."""
+
+
+class Amount(msgspec.Struct, frozen=True):
+    """A group of tensors. `parameters` leaves out buffers (position ids, schedules, markers)."""
+
+    tensors: int = 0
+    parameters: int = 0
+    nbytes: int = 0
+    dtypes: dict[str, int] = {}  # dtype -> tensors, the most frequent first
+
+
+class Component(Amount, frozen=True, kw_only=True):
+    """A part of the file: the U-Net, a text encoder, the VAE, EMA weights, the LoRA itself ..."""
+
+    name: str
+    title: str
+
+
+class Block(Amount, frozen=True, kw_only=True):
+    """One merge block, in the architecture's order; then BASE, VAE, EMA and BUFFER."""
+
+    name: str
+
+
+class Prediction(msgspec.Struct, frozen=True):
+    """What the model predicts: "v", "epsilon", "edm" or "" (not declared), and who says so.
+
+    `told` is "marker tensor", "modelspec", "convention" (an SDXL file without a marker is an
+    epsilon model) or "unknown".
+    """
+
+    kind: str
+    told: str
+
+
+class Unknown(msgspec.Struct, frozen=True):
+    """Keys that the file's architecture does not know: how many, and the first ten."""
+
+    count: int
+    keys: tuple[str, ...]
+
+
+class Hashes(msgspec.Struct, frozen=True):
+    """Names by which the field's tools know a file; None where the format has no such hash.
+
+    `sha256` is of the whole file and `autov2` its first 10 digits; `autov1` is A1111's old short
+    hash. `sshs_model_hash` is of a safetensors file's data without its header, and `autov3` its
+    first 12 digits. `tensors` is `tensors_hash`: the same for equal tensors in any file.
+    """
+
+    sha256: str
+    autov1: str
+    autov2: str
+    autov3: str | None
+    sshs_model_hash: str | None
+    tensors: str
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything a header says. Sizes are in bytes; `to_dict` is ready for JSON."""
+
+    file: str  # name without folder
+    path: str
+    size: int
+    format: str
+    root: str  # what the tensors were nested under in a pickle ("state_dict"), or ""
+    title: str  # for people: "SD1 inpainting checkpoint"
+    architecture: str  # "sd1", or "" for what cannot be merged as a model
+    variant: str
+    kind: str
+    dialect: str  # "" for the architecture's own names, else whose they are
+    total: Amount
+    components: tuple[Component, ...]
+    blocks: tuple[Block, ...]
+    ema: Amount
+    prediction: Prediction
+    markers: dict[str, str]  # tensor -> what it says
+    quantised: int  # tensors that are scales and tables of quantised weights
+    unknown: Unknown
+    strided: int  # tensors whose elements do not lie one after the other
+    tied: int  # tensors that share their bytes with another
+    metadata: dict[str, str]
+    recipe: tuple[str, ...]  # the plymix recipe it carries, as formulas, one per line
+    webui_recipe: tuple[str, ...]  # `sd_merge_recipe` and `sd_merge_models`, in words
+    hashes: Hashes | None
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as dicts, lists, strings and numbers."""
+        return dict(msgspec.to_builtins(self))
+
+    @property
+    def brief_metadata(self) -> dict[str, str]:
+        """The metadata as one printable line of at most 100 characters per key."""
+        return {_brief(key): _brief(value) for key, value in self.metadata.items()}
+
+
+def inspect(path: str | os.PathLike[str], *, hashes: bool = False) -> Report:
+    """Report on the model file at `path` from its header; with `hashes`, read all of it too.
+
+    Raises Refusal or FormatError when it is no readable model file.
+    """
+    with open_model(path) as source:
+        return _report(source, hashes)
+
+
+def _report(source: Source, hashed: bool) -> Report:
+    detection = archs.detect({key: info.shape for key, info in source.tensors.items()})
+    rows = list(_placed(source, detection))
+    total = _amount(rows)
+    formulas, notes = _own_recipe(source.metadata)
+    arch = detection.arch
+    return Report(
+        file=source.path.name,
+        path=str(source.path),
+        size=source.nbytes,
+        format=source.format,
+        root=source.root,
+        title=detection.title,
+        architecture=arch.name if arch else "",
+        variant=detection.variant,
+        kind=detection.kind,
+        dialect=detection.dialect,
+        total=total,
+        components=tuple(_components(rows, detection)),
+        blocks=tuple(_blocks(rows, detection)) if _own_names(detection) else (),
+        ema=_amount(row for row in rows if row[1] and row[1].component == "ema"),
+        prediction=_prediction(source, detection),
+        markers=archs.markers(source.tensors),
+        quantised=len(archs.quantised(source.tensors)),
+        unknown=_unknown(rows, detection),
+        strided=sum(info.strides is not None for info, _ in rows),
+        tied=_tied(source.tensors.values()),
+        metadata=dict(source.metadata),
+        recipe=formulas,
+        webui_recipe=_webui_recipe(source.metadata),
+        hashes=_hashes(source, detection) if hashed else None,
+        notes=(*source.notes, *notes),
+    )
+
+
+# --- groups of tensors --------------------------------------------------------------------------
+
+Row = tuple[TensorInfo, "Place | None"]
+
+
+def _own_names(detection: Detection) -> bool:
+    """Whether the file's architecture says where each of its keys belongs."""
+    return (
+        detection.arch is not None
+        and detection.kind in ("checkpoint", "denoiser")
+        and not detection.dialect
+    )
+
+
+def _placed(source: Source, detection: Detection) -> Iterator[Row]:
+    arch = detection.arch if _own_names(detection) else None
+    for key, info in source.tensors.items():
+        yield info, arch.place(key) if arch else None
+
+
+def _amount(rows: Iterable[Row]) -> Amount:
+    tensors = parameters = nbytes = 0
+    dtypes: Counter[str] = Counter()
+    for info, place in rows:
+        tensors += 1
+        parameters += 0 if place and place.buffer else info.numel
+        nbytes += info.nbytes
+        dtypes[info.dtype] += 1
+    return Amount(tensors, parameters, nbytes, dict(dtypes.most_common()))
+
+
+def _components(rows: list[Row], detection: Detection) -> Iterator[Component]:
+    """The architecture's own components first; a file of another kind is one component."""
+    if not _own_names(detection):
+        amount = _amount(rows)
+        yield Component(*_fields(amount), name=detection.kind, title=detection.title)
+        return
+    assert detection.arch is not None
+    titles = {c.name: c.title for c in detection.arch.components}
+    titles |= {"ema": "EMA weights", "extra": "buffers and markers", "": "unknown keys"}
+    grouped: dict[str, list[Row]] = {name: [] for name in titles}
+    for row in rows:
+        grouped[row[1].component if row[1] else ""].append(row)
+    for name, group in grouped.items():
+        if group:
+            yield Component(*_fields(_amount(group)), name=name, title=titles[name])
+
+
+def _blocks(rows: list[Row], detection: Detection) -> Iterator[Block]:
+    assert detection.arch is not None
+    grouped: dict[str, list[Row]] = {name: [] for name in detection.arch.blocks}
+    for row in rows:
+        if row[1]:
+            grouped.setdefault(row[1].block, []).append(row)
+    for name, group in grouped.items():
+        if group:
+            yield Block(*_fields(_amount(group)), name=name)
+
+
+def _fields(amount: Amount) -> tuple[int, int, int, dict[str, int]]:
+    return amount.tensors, amount.parameters, amount.nbytes, amount.dtypes
+
+
+def _unknown(rows: list[Row], detection: Detection) -> Unknown:
+    """A file of unknown kind has nothing but unknown keys; a LoRA or VAE file has none."""
+    whole = detection.kind == "unknown"
+    keys = [info.name for info, place in rows if whole or (_own_names(detection) and not place)]
+    return Unknown(len(keys), tuple(keys[:KEYS_SHOWN]))
+
+
+def _tied(infos: Iterable[TensorInfo]) -> int:
+    """Tensors that begin at the same byte as another one."""
+    starts = Counter((info.file, info.offset) for info in infos if info.numel)
+    return sum(n for n in starts.values() if n > 1)
+
+
+def _prediction(source: Source, detection: Detection) -> Prediction:
+    kind = Input(0, "", source, detection, {}, {}).prediction
+    if not kind:
+        return Prediction("", "unknown")
+    if any(word in source.tensors for word in archs.markers(source.tensors) if word != "ztsnr"):
+        return Prediction(kind, "marker tensor")
+    if any(source.metadata.get(f"modelspec.{f}") for f in ("prediction_type", "predict_key")):
+        return Prediction(kind, "modelspec")
+    if not _own_names(detection):
+        return Prediction("", "unknown")
+    return Prediction(kind, "convention")
+
+
+# --- what the metadata says ---------------------------------------------------------------------
+
+
+def _brief(text: str) -> str:
+    line = "".join(c if c.isprintable() else " " for c in text[: 2 * BRIEF])
+    return line if len(text) <= BRIEF else line[: BRIEF - 3] + "..."
+
+
+def formulas(found: recipe.Recipe) -> tuple[str, ...]:
+    """A recipe as one line per step, with file names: 'mix = weighted_sum(a.ckpt, alpha=0.5)'."""
+    files = {name: Path(model.file).name for name, model in found.models.items()}
+    lines = []
+    for name in found.order():
+        step = found.steps[name]
+        given = [files.get(i, i) for i in step.inputs]
+        given += [f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in step.params.items()]
+        given += [f"rules={list(step.rules)}"] if step.rules else []
+        given += [f"seed={step.seed}"] if step.seed else []
+        lines.append(f"{name} = {step.method}({', '.join(given)})")
+    final = files.get(found.final, found.final)
+    settings = msgspec.to_builtins(found.output)
+    others = (f"{k}={v}" for k, v in settings.items() if k not in ("from_", "file", "title"))
+    return (*lines, " ".join(["output", "=", final, *others]))
+
+
+def _own_recipe(metadata: Mapping[str, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(formulas, notes) of the recipe that a result of plymix carries."""
+    text = metadata.get(recipe.METADATA_KEY)
+    if text is None:
+        return (), ()
+    try:
+        return formulas(recipe.from_json(text)), ()
+    except Refusal as e:
+        return (), (f"its plymix recipe cannot be read: {e}",)
+
+
+def _webui_recipe(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """A1111's and supermerger's recipe in words, and the models it names.
+
+    Field names as in AUTOMATIC1111's `modules/extras.py` (run_modelmerger, add_merge_recipe).
+    """
+    said = _json_object(metadata.get("sd_merge_recipe"))
+    models = _json_object(metadata.get("sd_merge_models"))
+    names = {key: str(m.get("name", key)) for key, m in models.items() if isinstance(m, dict)}
+    lines = []
+    if said:
+        hashed = (said.get(f"{n}_model_hash") for n in ("primary", "secondary", "tertiary"))
+        of = [names.get(str(h), str(h)[:10]) for h in hashed if h]
+        what = str(said.get("interp_method") or said.get("mode") or said.get("type") or "merge")
+        by = f", multiplier {said['multiplier']}" if "multiplier" in said else ""
+        lines.append(_brief(f"{what} of {', '.join(of) or 'unnamed models'}{by}"))
+    lines += [_brief(f"made from {name} ({key[:10]})") for key, name in names.items()]
+    return tuple(lines)
+
+
+def _json_object(text: str | None) -> dict[str, Any]:
+    try:
+        found = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+# --- hashes -------------------------------------------------------------------------------------
+
+
+def _hashes(source: Source, detection: Detection) -> Hashes:
+    path = source.path
+    with ThreadPoolExecutor(3) as pool:
+        whole = pool.submit(hashes.sha256, path)
+        data = None
+        if source.format == "safetensors":
+            start = 8 + int.from_bytes(source.handles[0].head(8), "little")
+            data = pool.submit(hashes.data_sha256, path, start)
+        tensors = tensors_hash(source, detection)
+        model_hash = data.result() if data else None
+        return Hashes(
+            sha256=whole.result(),
+            autov1=hashes.legacy_hash(path),
+            autov2=whole.result()[:10],
+            autov3=model_hash[:12] if model_hash else None,
+            sshs_model_hash=model_hash,
+            tensors=tensors,
+        )
+
+
+def tensors_hash(source: Source, detection: Detection) -> str:
+    """A hash of the tensors that does not depend on format, layout, order, spelling or metadata.
+
+    SHA-256 over one line per tensor, lines sorted by their bytes. A line is a compact ASCII JSON
+    list `[key, dtype, shape, digest]` and a newline: the key in its architecture's canonical
+    spelling (as it stands, where there is none), the safetensors name of the dtype, the shape as a
+    list, and the SHA-256 of the elements as row-major little-endian bytes, lower-case hex.
+    """
+    arch = detection.arch if _own_names(detection) else None
+    buffer = memoryview(bytearray(hashes.CHUNK))
+    lines = []
+    for key, info in source.tensors.items():
+        place = arch.place(key) if arch else None
+        row = [place.key if place else key, info.dtype, info.shape, _digest(source, info, buffer)]
+        lines.append(json.dumps(row, separators=(",", ":")).encode("ascii") + b"\n")
+    return hashlib.sha256(b"".join(sorted(lines))).hexdigest()
+
+
+def _digest(source: Source, info: TensorInfo, buffer: memoryview) -> str:
+    if info.strides is not None:
+        return hashlib.sha256(source.read(info)).hexdigest()
+    digest = hashlib.sha256()
+    for at in range(0, info.nbytes, len(buffer)):
+        part = buffer[: min(len(buffer), info.nbytes - at)]
+        source.read_at(info.file, info.offset + at, part)
+        digest.update(part)
+    return digest.hexdigest()
