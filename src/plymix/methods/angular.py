@@ -174,37 +174,28 @@ def multislerp(
 ) -> Array:
     """Spherical Interpolation Of Many Models
 
-    u_i = X_i/|X_i|, m = normalise(sum_i w_i u_i)
-    v = sum_i w_i (u_i - (u_i . m) m), r = |v|;  R = (m cos r + v sin(r)/r) sum_i w_i |X_i|
+    u_i = X_i / |X_i|;  R = normalise(sum_i w_i u_i) sum_i w_i |X_i|
 
-    Averages directions on the sphere around their mean (one exponential step) and lengths as they
-    are. With a base it works on the differences from it. weights: one number per model, equal when
-    left out; normalize makes them sum to 1. Models whose directions cancel out: a weighted sum for
-    two, refused for more.
+    Averages directions and lengths apart from one another. With a base it works on the differences
+    from it. weights: one number per model, equal when left out; normalize makes them sum to 1.
+    Models whose directions cancel out: a weighted sum for two, refused for more. Mergekit then goes
+    one exponential step from this mean direction; the step's length is always 0, as the tangents
+    at the mean cancel out.
     Source: mergekit `multislerp`.
     """
     ws = model_weights(weights, len(models), normalize=normalize)
     g = _gram_of(models, base)
     lengths = np.sqrt(np.diagonal(g))
-    scale = 1 / (lengths + 1e-8)
-    cosines = g * np.outer(scale, scale)  # u_i . u_j
-    w = np.array(ws)
-
-    def size(x: Any) -> float:  # |sum_i x_i u_i|
-        return math.sqrt(max(float(x @ cosines @ x), 0.0))
-
-    if size(w) < 1e-8:
-        if len(models) > 2 and lengths.any():
-            raise Refusal(
-                "multislerp: the directions of the models cancel out, so they have no mean; "
-                "change the weights or use n_average"
-            )
-        return _around(base, ws, models)
-    m = w / size(w)
-    v = w - float(w @ cosines @ m) * m
-    r = size(v) + 1e-8
-    q = m * math.cos(r) + v * (math.sin(r) / r)
-    return _around(base, q * scale * float(w @ lengths), models)
+    w = np.array(ws) / (lengths + 1e-8)
+    size = math.sqrt(max(float(w @ g @ w), 0.0))  # of sum_i w_i u_i
+    if size >= 1e-8:
+        return _around(base, w / size * float(np.array(ws) @ lengths), models)
+    if len(models) > 2 and lengths.any():
+        raise Refusal(
+            "multislerp: the directions of the models cancel out, so they have no mean; "
+            "change the weights or use n_average"
+        )
+    return _around(base, ws, models)
 
 
 @method("tensor")
