@@ -1,4 +1,4 @@
-"""What a model file is, told from its header alone: `inspect(path)` gives a `Report` of plain values.
+"""What a model file is, told from its header alone: `inspect(path)` gives a `Report`.
 
 Any file that can be read is reported on, LoRAs, VAEs and unknown ones too; nothing is refused for
 being unfit for a merge. Only hashes read tensor data, and only when asked for.
@@ -137,7 +137,7 @@ def inspect(path: str | os.PathLike[str], *, hashes: bool = False) -> Report:
 
 def _report(source: Source, hashed: bool) -> Report:
     detection = archs.detect({key: info.shape for key, info in source.tensors.items()})
-    rows = list(_placed(source, detection))
+    rows = list(placed(source, detection))
     total = _amount(rows)
     formulas, notes = _own_recipe(source.metadata)
     arch = detection.arch
@@ -154,7 +154,7 @@ def _report(source: Source, hashed: bool) -> Report:
         dialect=detection.dialect,
         total=total,
         components=tuple(_components(rows, detection)),
-        blocks=tuple(_blocks(rows, detection)) if _own_names(detection) else (),
+        blocks=tuple(_blocks(rows, detection)) if has_places(detection) else (),
         ema=_amount(row for row in rows if row[1] and row[1].component == "ema"),
         prediction=_prediction(source, detection),
         markers=archs.markers(source.tensors),
@@ -175,8 +175,8 @@ def _report(source: Source, hashed: bool) -> Report:
 Row = tuple[TensorInfo, "Place | None"]
 
 
-def _own_names(detection: Detection) -> bool:
-    """Whether the file's architecture says where each of its keys belongs."""
+def has_places(detection: Detection) -> bool:
+    """Whether the file's architecture says where each of its keys belongs: a model, own names."""
     return (
         detection.arch is not None
         and detection.kind in ("checkpoint", "denoiser")
@@ -184,8 +184,9 @@ def _own_names(detection: Detection) -> bool:
     )
 
 
-def _placed(source: Source, detection: Detection) -> Iterator[Row]:
-    arch = detection.arch if _own_names(detection) else None
+def placed(source: Source, detection: Detection) -> Iterator[Row]:
+    """Every tensor with its place; None for unknown keys and for files that are no model."""
+    arch = detection.arch if has_places(detection) else None
     for key, info in source.tensors.items():
         yield info, arch.place(key) if arch else None
 
@@ -203,7 +204,7 @@ def _amount(rows: Iterable[Row]) -> Amount:
 
 def _components(rows: list[Row], detection: Detection) -> Iterator[Component]:
     """The architecture's own components first; a file of another kind is one component."""
-    if not _own_names(detection):
+    if not has_places(detection):
         amount = _amount(rows)
         yield Component(*_fields(amount), name=detection.kind, title=detection.title)
         return
@@ -236,7 +237,7 @@ def _fields(amount: Amount) -> tuple[int, int, int, dict[str, int]]:
 def _unknown(rows: list[Row], detection: Detection) -> Unknown:
     """A file of unknown kind has nothing but unknown keys; a LoRA or VAE file has none."""
     whole = detection.kind == "unknown"
-    keys = [info.name for info, place in rows if whole or (_own_names(detection) and not place)]
+    keys = [info.name for info, place in rows if whole or (has_places(detection) and not place)]
     return Unknown(len(keys), tuple(keys[:KEYS_SHOWN]))
 
 
@@ -254,7 +255,7 @@ def _prediction(source: Source, detection: Detection) -> Prediction:
         return Prediction(kind, "marker tensor")
     if any(source.metadata.get(f"modelspec.{f}") for f in ("prediction_type", "predict_key")):
         return Prediction(kind, "modelspec")
-    if not _own_names(detection):
+    if not has_places(detection):
         return Prediction("", "unknown")
     return Prediction(kind, "convention")
 
@@ -353,7 +354,7 @@ def tensors_hash(source: Source, detection: Detection) -> str:
     spelling (as it stands, where there is none), the safetensors name of the dtype, the shape as a
     list, and the SHA-256 of the elements as row-major little-endian bytes, lower-case hex.
     """
-    arch = detection.arch if _own_names(detection) else None
+    arch = detection.arch if has_places(detection) else None
     buffer = memoryview(bytearray(hashes.CHUNK))
     lines = []
     for key, info in source.tensors.items():
