@@ -19,8 +19,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from plymix.api import Explanation, Progress, Result, explain, merge, open, two_models
-    from plymix.health import check
     from plymix.errors import Cancelled, Failure, FormatError, PlymixError, Refusal
+    from plymix.health import check
     from plymix.inspection import inspect
     from plymix.recipe import Recipe
 

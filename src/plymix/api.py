@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Union
 
-from plymix import engine, hashes, metadata, plan as planning, recipe as recipes
+from plymix import engine, hashes, metadata
+from plymix import plan as planning
+from plymix import recipe as recipes
 from plymix.engine import Progress, ProgressCallback
 from plymix.errors import Refusal, unknown
-from plymix.formats import Source, open_model
+from plymix.formats import Source, open_model, writer_for
 from plymix.plan import Plan
 from plymix.recipe import BLEND, Recipe
 
@@ -42,8 +44,7 @@ class Result:
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        found = {**self.__dict__, "path": str(self.path), "notes": list(self.notes)}
-        return found
+        return {**self.__dict__, "path": str(self.path), "notes": list(self.notes)}
 
     def __str__(self) -> str:
         return (
@@ -136,9 +137,7 @@ def two_models(
         models["c"] = os.fspath(c)
         step["c"] = "c"
     step["alpha"] = with_base(alpha, base)
-    vae = {"a": "", "b": "b", "c": "c" if c is not None else "c"}.get(vae.lower(), vae)
-    if vae.lower() == BLEND:
-        vae = BLEND
+    vae = {"a": "", "b": "b", "c": "c", BLEND: BLEND}.get(vae.lower(), vae)
     output = {
         "from": "merge",
         "dtype": dtype,
@@ -229,7 +228,7 @@ def output_path(a: PathLike | Recipe, out: PathLike | None) -> Path:
 
 def ready(path: Path, force: bool) -> None:
     """Refuse an output that cannot or should not be written, before any work."""
-    planning.writer_for(path)
+    writer_for(path)
     if path.is_dir():
         raise Refusal(f"{path} is a folder; name a file in it")
     if not path.parent.is_dir():

@@ -225,7 +225,7 @@ class Linear:
 
 
 def apply(method: Method, args: tuple[Expr, ...], params: Mapping[str, Any], call: Call) -> Expr:
-    """`method` on `args`: folded when it is linear, else `call` (which holds the same arguments)."""
+    """`method` on `args`: folded when it is linear, else `call`, which holds the same arguments."""
     if method.kind != "linear":
         return call
     result: Linear = method.function(*map(Linear.of, args), **params)

@@ -85,7 +85,7 @@ def _digest(path: Path, start: int, length: int | None, stopped: Callable[[], bo
     left = length if length is not None else sys.maxsize
     with open(path, "rb", buffering=0) as file:
         file.seek(start)
-        while left and (n := file.readinto(buffer[: min(left, CHUNK)])):  # type: ignore[attr-defined]
+        while left and (n := file.readinto(buffer[: min(left, CHUNK)])):
             digest.update(buffer[:n])
             left -= n
             if stopped():

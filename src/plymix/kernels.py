@@ -1,8 +1,8 @@
 """Chunk arithmetic: linear sums and casts on byte buffers, rounded once.
 
-How a sum of 16-bit and 8-bit floats is computed. A coefficient c is cut into two pieces of few bits,
-c = hi + lo, such that hi*x and lo*x are exact in float32 for every x of the input's dtype. The
-pieces are summed in float32 (each addition rounds once, and no product ever rounds), the two sums
+How a sum of 16-bit and 8-bit floats is computed. A coefficient c is cut into two pieces of few
+bits, c = hi + lo, such that hi*x and lo*x are exact in float32 for every x of the input's dtype.
+The pieces are summed in float32 (each addition rounds once, and no product ever rounds), the two sums
 are added, and the total is cast. So cancellation costs nothing, and the result does not depend on
 whether a processor fuses multiply and add: the same bytes on every machine, by either backend.
 Sums with a float32 or float64 input are computed in float64.
@@ -151,9 +151,7 @@ class Backend:
 
     def narrow(self, x: Any, dtype: str, out: Any) -> None:
         """float32 to `dtype`, ties to even; fp8 e4m3 saturates at 448 (it has no infinity)."""
-        if dtype == "F32":
-            np.copyto(out, x)
-        elif dtype == "F64":
+        if dtype == "F32" or dtype == "F64":
             np.copyto(out, x)
         elif dtype == "F16":
             with np.errstate(over="ignore"):
@@ -198,7 +196,7 @@ class NumKong(Backend):
     def __init__(self) -> None:
         import numkong
 
-        self._nk = numkong
+        self._nk: Any = numkong
 
     def _view(self, x: Any, dtype: str) -> Any:
         if dtype in ("F16", "F32", "F64"):
@@ -364,5 +362,3 @@ def disagreements(backend: Backend) -> list[str]:
     for dtype in ("F16", "BF16", "F8_E4M3", "F8_E5M2"):
         compare(f"narrow {dtype}", total([(1.0, "F32")], dtype))
     return found
-
-

@@ -87,7 +87,9 @@ def _a1111(plan: Plan, recipe: Recipe) -> dict[str, str]:
         "primary_model_hash": tokens[0],
         "secondary_model_hash": tokens[1],
         "tertiary_model_hash": tokens[2],
-        "interp_method": A1111_METHODS.get(last.method, last.method) if last else "No interpolation",
+        "interp_method": A1111_METHODS.get(last.method, last.method)
+        if last
+        else "No interpolation",
         "multiplier": alpha if isinstance(alpha, (int, float)) else json.dumps(alpha),
         "save_as_half": recipe.output.dtype == "fp16",
         "custom_name": recipe.output.title,

@@ -266,7 +266,7 @@ class _Planner:
         places: dict[str, Place] = {}
         strangers: list[str] = []
         for key, info in source.tensors.items():
-            place = Place(key, "model", ANY, ANY) if self.any else arch and arch.place(key)
+            place = Place(key, "model", ANY, ANY) if self.any else arch.place(key) if arch else None
             if place is None:
                 place = Place(key, "extra", "BUFFER", "BUFFER", True)
                 strangers.append(key)
@@ -279,9 +279,7 @@ class _Planner:
                 place = replace(place, buffer=True)
             tensors[place.key] = info
             places[place.key] = place
-        opened = Input(
-            len(self.inputs), name, source, detection, tensors, places, tuple(strangers)
-        )
+        opened = Input(len(self.inputs), name, source, detection, tensors, places, tuple(strangers))
         self.inputs.append(opened)
         for note in source.notes:
             self.notes.append(f"{opened.label}: {note}")
@@ -289,7 +287,9 @@ class _Planner:
 
     def _same_architecture(self) -> None:
         if self.any:
-            self.arch, self.blocks, self.short = None, (ANY,), "any architecture"
+            self.arch = None
+            self.blocks: tuple[str, ...] = (ANY,)
+            self.short = "any architecture"
             return
         for i in self.by_name.values():
             _require_model(i, self.base)
@@ -368,7 +368,7 @@ class _Planner:
             if part.detection.kind in ("checkpoint", "denoiser") and theirs != self.arch:
                 raise Refusal(
                     f"the {what} of {part.label} ({part.detection.title}) does not fit"
-                    f" {self.base.label} ({self.base.detection.title}); use one made for {self.short}"
+                    f" {self.base.label} ({self.base.detection.title}); use one for {self.short}"
                 )
         if not any(c in part.components for c in components):
             raise Refusal(
@@ -392,9 +392,7 @@ class _Planner:
                 continue
             tensors[place.key] = info
             places[place.key] = place
-        part = Input(
-            len(self.inputs), name, source, detection, tensors, places, tuple(strangers)
-        )
+        part = Input(len(self.inputs), name, source, detection, tensors, places, tuple(strangers))
         self.inputs.append(part)
         return part
 
@@ -461,9 +459,7 @@ class _Planner:
                         seen.add(key)
                         yield key, place
 
-    def _tensor(
-        self, key: str, place: Place
-    ) -> tuple[Expr, tuple[int, ...], str, str] | None:
+    def _tensor(self, key: str, place: Place) -> tuple[Expr, tuple[int, ...], str, str] | None:
         """(expression, shape, dtype, reason) of an output tensor; None: dropped by a rule."""
         ema = self.recipe.output.ema
         if place.component == "ema" and ema != "keep":
@@ -510,9 +506,7 @@ class _Planner:
             info = owner.tensors.get(archs.ema_key(key), info)
         return None if info is None else Leaf(owner.index, info)
 
-    def _value(
-        self, name: str, key: str, place: Place
-    ) -> tuple[Expr, tuple[int, ...]] | None:
+    def _value(self, name: str, key: str, place: Place) -> tuple[Expr, tuple[int, ...]] | None:
         """What model or step `name` has at `key`, and its shape; None: it has no such tensor."""
         if name in self.by_name:
             leaf = self._leaf(self.by_name[name], key)
@@ -541,7 +535,7 @@ class _Planner:
         present: list[tuple[int, tuple[Expr, tuple[int, ...]]]],
         lost: list[int],
     ) -> tuple[Expr, tuple[int, ...]]:
-        """A step that lacks an input at `key`: its first one unchanged (a difference of nothing)."""
+        """A step that lacks an input at `key` gives its first one unchanged."""
         names = settings.step.inputs
         self._lack(f"taken from {names[present[0][0]]}: not in {names[lost[0]]}", key)
         return present[0][1]
@@ -583,7 +577,7 @@ class _Planner:
         shapes: list[tuple[int, ...]],
         models: tuple[int, ...],
     ) -> tuple[Expr, tuple[int, ...]]:
-        """Inpainting and pix2pix: the shared channels by the formula, the others from their owner."""
+        """Inpainting, pix2pix: shared channels by the formula, the others from their owner."""
         widths = sorted({shape[1] for shape in shapes})
         rest = {(shape[0], *shape[2:]) for shape in shapes}
         names = settings.step.inputs
@@ -824,9 +818,7 @@ class _Settings:
             found[name] = tuple(values[m - first] for m in models if m >= first) if values else ()
         return found
 
-    def apply(
-        self, key: str, place: Place, args: Sequence[Expr], models: tuple[int, ...]
-    ) -> Expr:
+    def apply(self, key: str, place: Place, args: Sequence[Expr], models: tuple[int, ...]) -> Expr:
         params = self.params(place, key, models)
         call = Call(
             step=self.name,

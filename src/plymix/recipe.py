@@ -187,7 +187,7 @@ def from_dict(found: Any) -> Recipe:
     _fields("recipe", found, ("models", "steps", "output"))
     models = {name: _model(name, m) for name, m in _table("models", found.get("models")).items()}
     if not models:
-        raise Refusal("the recipe names no models: write [models] with name = \"file\"")
+        raise Refusal('the recipe names no models: write [models] with name = "file"')
     steps = {name: _step(name, s) for name, s in _table("steps", found.get("steps", {})).items()}
     for name in steps:
         if name in models:
@@ -261,7 +261,7 @@ def _step(name: str, found: Any) -> Step:
     if isinstance(rules, str):
         rules = [rules]
     if not isinstance(rules, list) or not all(isinstance(r, str) for r in rules):
-        raise Refusal(f"{where}.rules is not a list of texts such as \"IN05-OUT03:attn2:0.3\"")
+        raise Refusal(f'{where}.rules is not a list of texts such as "IN05-OUT03:attn2:0.3"')
     seed = found.pop("seed", 0)
     if type(seed) is not int:
         raise Refusal(f"{where}.seed = {seed!r} is not a whole number")

@@ -63,9 +63,7 @@ class Range:
         return f"{low}..{high}"
 
     def holds(self, value: float) -> bool:
-        return (self.low is None or value >= self.low) and (
-            self.high is None or value <= self.high
-        )
+        return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
 
 
 @dataclass(frozen=True)
@@ -266,5 +264,3 @@ def get_method(name: str) -> Method:
     if name not in known:
         raise unknown("merge method", name, known, help="plymix methods lists them")
     return known[name]
-
-

@@ -103,6 +103,12 @@ def test_bernoulli(p):
     assert np.array_equal(np.asarray(bernoulli(rng_of()(1), to_torch(x), p)), mask)
 
 
+def test_bernoulli_of_less_than_a_16_bit_step():
+    x = np.empty(8_000_000, np.uint8)
+    kept = bernoulli(rng_of()(1), x, 0.5 / 65536).sum()
+    assert abs(kept - 61) < 5 * math.sqrt(61)
+
+
 def test_bernoulli_draws_the_generators_own_words():
     raw = np.random.Philox([0, 1, *b"k"]).random_raw(3)
     expected = [(int(w) >> s) & 0xFFFF for w in raw for s in (0, 16, 32, 48)]
@@ -975,6 +981,14 @@ def test_attention_with_unknown_heads_is_left_alone():
     other = {k.replace("text_model.encoder", "vision_model.encoder"): v for k, v in a.items()}
     found = [s.name for s in permutation.find_sites(Models(other), text_heads=HEADS)]
     assert not [n for n in found if "vision" in n and not n.endswith(("/0", "/6"))]
+
+
+def test_a_fused_projection_must_hold_three_parts():
+    p = "o.transformer.resblocks.1.attn."
+    two = {p + "in_proj_weight": normal(8, 4), p + "out_proj.weight": normal(4, 4)}
+    assert not list(permutation.find_sites(Models(two), text_heads=2))
+    three = {**two, p + "in_proj_weight": normal(12, 4)}
+    assert len(list(permutation.find_sites(Models(three), text_heads=2))) == 2
 
 
 def test_heads_of_known_models_are_looked_up():

@@ -56,7 +56,7 @@ def open_model(path: str | os.PathLike[str]) -> Source:
         raise Refusal(f"{path} is not a regular file; plymix needs positioned reads")
     handle = Handle(path)
     try:
-        head = handle.head(64)
+        head = handle.head(512)
     finally:
         handle.close()
     if not head:

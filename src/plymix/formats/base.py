@@ -75,7 +75,7 @@ class Source:
     metadata: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     root: str = ""
-    handles: tuple["Handle", ...] = ()
+    handles: tuple[Handle, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -98,7 +98,7 @@ class Source:
         for handle in self.handles:
             handle.close()
 
-    def __enter__(self) -> "Source":
+    def __enter__(self) -> Source:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -41,10 +41,15 @@ def bernoulli(generator: np.random.Generator, x: Array, p: float) -> Array:
 
     n = numel(x)
     cut, rest = divmod(min(max(p, 0.0), 1.0) * 65536, 1)
-    bits = words(-(-n // 4)).astype("<u8", copy=False).view("<u2")[:n]
-    mask = bits < cut
-    close = np.flatnonzero(bits == cut)
-    mask[close] = (words(close.shape[0]) >> np.uint64(11)) < rest * 2.0**53
+    mask = np.empty(n, np.bool_)
+    close = []
+    for i in range(0, n, BLOCK):
+        part = mask[i : i + BLOCK]
+        bits = words(-(-part.shape[0] // 4)).astype("<u8", copy=False).view("<u2")
+        np.less(bits[: part.shape[0]], cut, out=part)
+        close.append(np.flatnonzero(bits[: part.shape[0]] == cut) + i)
+    for at in close:
+        mask[at] = (words(at.shape[0]) >> np.uint64(11)) < rest * 2.0**53
     xp = namespace(x)
     return xp.reshape(xp.asarray(mask, device=device(x)), x.shape)
 
@@ -72,7 +77,7 @@ def top_mask(
         cut = float(xp.sort(scores)[n - k])
     del scores
     mask = flatten(mask_where(lambda *xs: score(*xs) >= cut, *arrays))
-    surplus = int(xp.sum(mask, dtype=xp.int64)) - k
+    surplus = int(xp.count_nonzero(mask)) - k
     if surplus > 0 and not with_equals:
         equal = flatten(mask_where(lambda *xs: score(*xs) == cut, *arrays))
         start = int(xp.nonzero(equal)[0][-surplus])

@@ -111,7 +111,8 @@ def _merge(
         d = _sum([k if w == 1 else k * w for k, w in zip(kept, strengths, strict=True)])
         if divide:
             by = [1.0] * n if divide == "count" else weights
-            total = _sum([_float(k != 0, x0) * w for k, w in zip(kept, by, strict=True)])
+            there = [_float(k != 0, x0) for k in kept]
+            total = _sum([t if w == 1 else t * w for t, w in zip(there, by, strict=True)])
             if floor:
                 total = namespace(x0).clip(total, floor, None)
             d = d / (total + _float(total == 0, x0))
@@ -604,7 +605,7 @@ def sce(
     if select < 1:
         xp = namespace(base)
         varied = mask_where(lambda *xs: _variance(*xs) != 0, base, *models)
-        mask = top_mask(int(select * int(xp.sum(varied, dtype=xp.int64))), _variance, base, *models)
+        mask = top_mask(int(select * int(xp.count_nonzero(varied))), _variance, base, *models)
     masks = () if mask is None else (mask,)
 
     def kept(x0: Array, *xs: Array) -> list[Array]:
