@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Union
 
@@ -22,6 +22,7 @@ from plymix import plan as planning
 from plymix import recipe as recipes
 from plymix.engine import Progress, ProgressCallback
 from plymix.errors import Refusal, unknown
+from plymix.expr import Leaf
 from plymix.formats import Source, open_model, writer_for
 from plymix.plan import Plan
 from plymix.recipe import BLEND, Recipe
@@ -84,9 +85,7 @@ class Explanation:
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        import dataclasses
-
-        return dataclasses.asdict(self)
+        return asdict(self)
 
     def __str__(self) -> str:
         lines = [self.formula, self.architecture]
@@ -246,17 +245,30 @@ def run(
     threads: int = 0,
     device: str = "cpu",
     progress: ProgressCallback | None = None,
+    made: tuple[Source, Plan] | None = None,
 ) -> Result:
-    """Carry out a plan into the file `path` (checked by `ready`)."""
+    """Carry out a plan into the file `path` (checked by `ready`).
+
+    `made` is an earlier result and its plan: tensors that both plans make alike are copied from it.
+    """
     if device != "cpu":
         from plymix import gpu
 
         gpu.require(device)
     tensors, layout = plan.layout(path, metadata.build(plan))
     late = {metadata.pending(i): _hasher(i.source.path) for i in plan.inputs}
+    sources = plan.sources
+    if made is not None:
+        source, old = made
+        changed = set(old.changes(plan))
+        tensors = tuple(
+            t if t.name in changed else replace(t, expr=Leaf(len(sources), source.tensors[t.name]))
+            for t in tensors
+        )
+        sources = (*sources, source)
     written = engine.write(
         tensors,
-        plan.sources,
+        sources,
         layout,
         path,
         threads=threads,

@@ -40,7 +40,7 @@ from plymix.expr import (
     leaves,
     plain_terms,
 )
-from plymix.formats.base import BITS, Handle, Layout, Source
+from plymix.formats.base import BITS, Handle, Layout, Piece, Source
 from plymix.registry import get_method
 
 SPAN = 16 << 20
@@ -716,9 +716,7 @@ def write(
             job.stop = True
             values.join()
             raise
-        for at, piece in layout.pieces:
-            for placeholder, value in found.items():
-                piece = piece.replace(placeholder.encode(), value.encode())
+        for at, piece in patched(layout.pieces, found):
             target.write_at(at, piece)
         if layout.finish is not None:
             for at, piece in layout.finish(target.read_at):
@@ -751,6 +749,14 @@ def _flushing(fd: int) -> Iterator[None]:
         done.set()
         if thread.ident is not None:
             thread.join()
+
+
+def patched(pieces: Sequence[Piece], values: Mapping[str, str]) -> Iterator[Piece]:
+    """`pieces` with every place-holder replaced by its value, which has the same length."""
+    for at, piece in pieces:
+        for placeholder, value in values.items():
+            piece = piece.replace(placeholder.encode(), value.encode())
+        yield at, piece
 
 
 def _same_file(source: Source, path: Path) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from plymix import __version__, hashes
+from plymix import hashes
 from plymix.plan import Input, Plan
 from plymix.recipe import METADATA_KEY, Model, Recipe, Step, to_json
 
@@ -64,7 +64,7 @@ def _modelspec(plan: Plan, recipe: Recipe) -> dict[str, str]:
         "title": recipe.output.title or f"plymix merge of {' + '.join(dict.fromkeys(names))}",
         "date": recipe.output.date,
         "merged_from": ", ".join(dict.fromkeys(names)),
-        "description": f"Merged with plymix {__version__}: {formula(recipe)}",
+        "description": f"Merged with plymix: {formula(recipe)}",
     }
     if plan.arch is not None:
         found["architecture"] = plan.arch.modelspec_id(plan.base.detection.variant)

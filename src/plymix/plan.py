@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from plymix import archs, weights
@@ -48,6 +48,7 @@ class Input:
 
     index: int
     name: str
+    file: str
     source: Source
     detection: Detection
     tensors: Mapping[str, TensorInfo]
@@ -56,7 +57,8 @@ class Input:
 
     @property
     def label(self) -> str:
-        return self.source.path.name
+        """The file's name as the recipe has it, without folders."""
+        return PurePath(self.file).name
 
     @property
     def components(self) -> frozenset[str]:
@@ -147,6 +149,13 @@ class Plan:
         placed = tuple(replace(t, offset=layout.offsets[t.name]) for t in self.tensors)
         return placed, layout
 
+    def changes(self, other: Plan) -> tuple[str, ...]:
+        """Names of the tensors that `other` makes and this plan does not make the same way."""
+        mine = {t.name: (t.expr, t.dtype, t.shape) for t in self.tensors}
+        return tuple(
+            t.name for t in other.tensors if mine.get(t.name) != (t.expr, t.dtype, t.shape)
+        )
+
     def close(self) -> None:
         for i in self.inputs:
             i.source.close()
@@ -162,18 +171,22 @@ def build(
     recipe: Recipe,
     *,
     folders: Sequence[str | os.PathLike[str]] = (),
+    paths: Mapping[str, Path] | None = None,
     strict: bool = False,
     open_file: Callable[[Path], Source] = open_model,
 ) -> Plan:
     """Plan `recipe`. Model files are looked for as named, then in each of `folders`.
+
+    `paths` says where a model is (by its name in the recipe) for those already found.
 
     With `strict`, keys that some models have and others lack are refused. Raises Refusal; every
     file it opened is closed again then.
     """
     opened: list[Source] = []
 
-    def open_counted(file: str) -> Source:
-        source = open_file(locate(file, folders))
+    def open_counted(name: str) -> Source:
+        known = (paths or {}).get(name)
+        source = open_file(known or locate(recipe.models[name].file, folders))
         opened.append(source)
         return source
 
@@ -214,10 +227,11 @@ class _Planner:
         needed = self._needed_models()
         self.any = recipe.output.arch == "any"
         for name in needed:
-            self.by_name[name] = self._open(name, recipe.models[name].file)
+            self.by_name[name] = self._open(name)
         if self.any and recipe.parts:
             raise Refusal("vae and text_encoder need a known architecture; leave out --arch any")
         self.base = self.by_name[recipe.base()]
+        self._not_quantised()
         self._same_architecture()
         self._same_prediction()
         self.settings = {
@@ -258,15 +272,16 @@ class _Planner:
             used += [n for n in recipe.steps[step].inputs if n in recipe.models]
         return list(dict.fromkeys(used))
 
-    def _open(self, name: str, file: str) -> Input:
-        source = self.open_file(file)
+    def _open(self, name: str) -> Input:
+        file = self.recipe.models[name].file
+        source = self.open_file(name)
         detection = archs.detect({k: t.shape for k, t in source.tensors.items()})
         arch = detection.arch
         tensors: dict[str, TensorInfo] = {}
         places: dict[str, Place] = {}
         strangers: list[str] = []
         for key, info in source.tensors.items():
-            place = Place(key, "model", ANY, ANY) if self.any else arch.place(key) if arch else None
+            place = _any_place(key) if self.any else arch.place(key) if arch else None
             if place is None:
                 place = Place(key, "extra", "BUFFER", "BUFFER", True)
                 strangers.append(key)
@@ -279,7 +294,9 @@ class _Planner:
                 place = replace(place, buffer=True)
             tensors[place.key] = info
             places[place.key] = place
-        opened = Input(len(self.inputs), name, source, detection, tensors, places, tuple(strangers))
+        opened = Input(
+            len(self.inputs), name, file, source, detection, tensors, places, tuple(strangers)
+        )
         self.inputs.append(opened)
         for note in source.notes:
             self.notes.append(f"{opened.label}: {note}")
@@ -306,14 +323,17 @@ class _Planner:
                 self.notes.append(
                     f"{i.label}: {len(i.strangers)} tensors {what}, {fate}: {listed(i.strangers)}"
                 )
+        assert base.arch is not None
+        self.arch, self.blocks, self.short = base.arch, base.arch.blocks, base.arch.short
+
+    def _not_quantised(self) -> None:
+        for i in self.by_name.values():
             quantised = archs.quantised(i.source.tensors)
             if quantised:
                 raise Refusal(
                     f"{i.label} holds quantised weights ({listed(quantised, 3)}): their scales"
                     " cannot be blended; use the fp16 or bf16 version of the model"
                 )
-        assert base.arch is not None
-        self.arch, self.blocks, self.short = base.arch, base.arch.blocks, base.arch.short
 
     def _same_prediction(self) -> None:
         said = {i.label: i.prediction for i in self.by_name.values() if i.prediction}
@@ -380,7 +400,8 @@ class _Planner:
     def _open_part(self, name: str) -> Input:
         """A component file: its keys are read as the base architecture spells them."""
         assert self.arch is not None
-        source = self.open_file(self.recipe.models[name].file)
+        file = self.recipe.models[name].file
+        source = self.open_file(name)
         detection = archs.detect({k: t.shape for k, t in source.tensors.items()})
         places: dict[str, Place] = {}
         tensors: dict[str, TensorInfo] = {}
@@ -392,7 +413,9 @@ class _Planner:
                 continue
             tensors[place.key] = info
             places[place.key] = place
-        part = Input(len(self.inputs), name, source, detection, tensors, places, tuple(strangers))
+        part = Input(
+            len(self.inputs), name, file, source, detection, tensors, places, tuple(strangers)
+        )
         self.inputs.append(part)
         return part
 
@@ -690,6 +713,12 @@ class _Planner:
                 )
         if not tensors:
             raise Refusal("the result would hold no tensor at all")
+
+
+def _any_place(key: str) -> Place:
+    """Where a key belongs when nobody knows the architecture."""
+    buffer = archs.is_buffer(key)
+    return Place(key, "model", "BUFFER" if buffer else ANY, ANY, buffer)
 
 
 def component_given(part: Input, component: str) -> bool:

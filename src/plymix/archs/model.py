@@ -325,6 +325,17 @@ def markers(keys: Iterable[str]) -> dict[str, str]:
     return {key: known[key] for key in keys if key in known}
 
 
+@cache
+def _shared_buffers() -> Names:
+    shared = shared_facts()
+    return Names((*shared.buffers, *shared.markers))
+
+
+def is_buffer(key: str) -> bool:
+    """Whether `key` is a buffer or marker in any architecture."""
+    return key in _shared_buffers()
+
+
 def quantised(keys: Iterable[str]) -> list[str]:
     """Those of `keys` that hold scales and tables of quantised weights.
 

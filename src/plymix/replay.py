@@ -1,0 +1,185 @@
+"""Make a result again from the recipe it carries, or check that it is what its recipe says."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from plymix import api, engine, hashes, metadata
+from plymix import plan as planning
+from plymix import recipe as recipes
+from plymix.engine import ProgressCallback
+from plymix.errors import Refusal, listed
+from plymix.formats import Handle, open_model
+from plymix.plan import Plan
+from plymix.recipe import Model, Recipe
+
+Folders = Sequence["str | os.PathLike[str]"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a file is what its recipe makes; `text` says so or names what differs."""
+
+    ok: bool
+    text: str
+
+
+def embedded(path: Path) -> Recipe:
+    """The recipe that the file `path` carries. Raises Refusal when it carries none."""
+    with open_model(path) as source:
+        return recipes.from_metadata(source.metadata, path.name)
+
+
+def replay(
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    folders: Folders = (),
+    force: bool = False,
+    threads: int = 0,
+    progress: ProgressCallback | None = None,
+) -> api.Result:
+    """Rebuild the result `path`, byte for byte, into `out` (default: NAME-replay in this folder).
+
+    Inputs are found by name beside `path`, in this folder and in `folders`, and by content
+    anywhere below `folders`. Raises Refusal that names an input that is missing or altered.
+    """
+    path = Path(path)
+    out = Path(out) if out else Path(f"{path.stem}-replay{path.suffix}")
+    api.ready(out, force)
+    recipe = embedded(path)
+    with planning.build(recipe, paths=find(recipe, path, folders)) as plan:
+        return api.run(plan, out, threads=threads, progress=progress)
+
+
+def find(recipe: Recipe, path: Path, folders: Folders) -> dict[str, Path]:
+    """Where each model of a stored recipe is. Raises Refusal naming those that are not there."""
+    places = [Path(f).expanduser() for f in (*folders, path.parent, ".")]
+    found: dict[str, Path] = {}
+    trouble: list[str] = []
+    for name, model in recipe.models.items():
+        here = _by_name(model, places) or _by_content(model, folders)
+        if here is not None:
+            found[name] = here
+            continue
+        altered = next((c for c in _named(model, places)), None)
+        if altered is not None:
+            trouble.append(f"{altered} is not the {model.file} this was made from (other content)")
+        else:
+            trouble.append(f"{model.file} ({api.size(model.size)}) is missing")
+    if trouble:
+        raise Refusal(f"{listed(trouble, 4)}; say where the models are with --models FOLDER")
+    return found
+
+
+def _named(model: Model, places: Sequence[Path]) -> Iterator[Path]:
+    for place in places:
+        candidate = place / model.file
+        if candidate.is_file():
+            yield candidate
+
+
+def _by_name(model: Model, places: Sequence[Path]) -> Path | None:
+    return next((c for c in _named(model, places) if _is(model, c)), None)
+
+
+def _by_content(model: Model, folders: Folders) -> Path | None:
+    for folder in folders:
+        for candidate in sorted(Path(folder).expanduser().rglob("*")):
+            if candidate.is_file() and _is(model, candidate):
+                return candidate
+    return None
+
+
+def _is(model: Model, path: Path) -> bool:
+    return path.stat().st_size == model.size and hashes.sha256(path) == model.sha256
+
+
+def verify(
+    path: str | os.PathLike[str],
+    *,
+    folders: Folders = (),
+    threads: int = 0,
+    progress: ProgressCallback | None = None,
+) -> Verdict:
+    """Whether `path` holds exactly what its recipe makes. Nothing is written.
+
+    Inputs are found as by `replay`. Raises Refusal when there is no recipe, or an input is
+    missing or altered.
+    """
+    path = Path(path)
+    recipe = embedded(path)
+    with planning.build(recipe, paths=find(recipe, path, folders)) as plan:
+        return _compare(plan, recipe, path, threads, progress)
+
+
+def _compare(
+    plan: Plan,
+    recipe: Recipe,
+    path: Path,
+    threads: int,
+    progress: ProgressCallback | None,
+) -> Verdict:
+    tensors, layout = plan.layout(path, metadata.build(plan))
+    handle = Handle(path)
+    try:
+        if handle.size != layout.size:
+            return Verdict(
+                False,
+                f"{path.name} has {handle.size:,} bytes; its recipe makes {layout.size:,}",
+            )
+        target = _Comparison(handle)
+        job = engine.Job(plan.sources, target)
+        engine.perform(job, tensors, threads=threads, progress=progress)
+        wrong = [t.name for t in tensors if target.differs(t.offset, t.nbytes)]
+        if wrong:
+            return Verdict(
+                False,
+                f"{len(wrong)} of {len(tensors)} tensors of {path.name} differ from what its"
+                f" recipe makes: {listed(wrong)}",
+            )
+        known = {metadata.pending(i): recipe.models[i.name].sha256 for i in plan.inputs}
+        pieces = [(at, bytearray(piece)) for at, piece in engine.patched(layout.pieces, known)]
+        for at, patch in layout.finish(handle.read_at) if layout.finish else ():
+            for start, piece in pieces:
+                if start <= at < start + len(piece):
+                    piece[at - start : at - start + len(patch)] = patch
+        for at, piece in pieces:
+            target.write_at(at, piece)
+        if target.wrong:
+            return Verdict(False, f"the tensors of {path.name} are right, its header differs")
+    finally:
+        handle.close()
+    return Verdict(True, f"{path.name} is exactly what its recipe makes ({len(tensors)} tensors)")
+
+
+class _Comparison:
+    """An engine target that compares with a file instead of writing one."""
+
+    def __init__(self, handle: Handle) -> None:
+        self._handle = handle
+        self._lock = threading.Lock()
+        self.wrong: list[tuple[int, int]] = []
+
+    def write_at(self, offset: int, data: Any) -> None:
+        view = memoryview(data).cast("B")
+        there = bytearray(len(view))
+        self._handle.read_at(offset, there)
+        if there != view:
+            with self._lock:
+                self.wrong.append((offset, offset + len(view)))
+
+    def read_at(self, offset: int, out: Any) -> None:
+        self._handle.read_at(offset, out)
+
+    def copy_from(self, handle: Any, offset: int, at: int, nbytes: int) -> int:
+        return 0
+
+    def differs(self, offset: int, nbytes: int) -> bool:
+        """Whether a written range that differs touches [offset, offset + nbytes)."""
+        return any(a < offset + nbytes and offset < b for a, b in self.wrong)

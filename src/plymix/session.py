@@ -1,0 +1,122 @@
+"""A recipe kept open: change one value, and only the tensors it touches are made again."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from plymix import api, engine, kernels
+from plymix import plan as planning
+from plymix import recipe as recipes
+from plymix.engine import ProgressCallback
+from plymix.errors import Refusal
+from plymix.formats import Source, open_model
+from plymix.plan import Plan
+from plymix.recipe import Recipe
+
+Folders = Sequence["str | os.PathLike[str]"]
+
+
+class Session:
+    """A recipe kept open, to be changed and made again with as little work as possible.
+
+        with Session(recipe) as session:
+            session.write("out.safetensors")
+            session.set("steps.mix.alpha.blocks.IN05", 0.3)   # re-plans
+            session.changed                                   # names of the tensors it touches
+            session.tensor(name)                              # one of them, as an array
+            session.write("out.safetensors", force=True)      # computes only those
+
+    What `write` makes is byte-equal to a full merge of the changed recipe.
+    """
+
+    def __init__(self, recipe: Recipe, *, folders: Folders = ()) -> None:
+        self._folders = folders
+        self._open: dict[Path, Source] = {}
+        self._written: tuple[Path, tuple[int, int], Plan] | None = None
+        self.changed: tuple[str, ...] = ()
+        self.plan = self._build(recipe)
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.plan.recipe
+
+    def set(self, path: str, value: Any) -> tuple[str, ...]:
+        """Change one value of the recipe; returns the names of the tensors that it changes."""
+        return self.change(recipes.with_setting(self.recipe, path, json.dumps(value)))
+
+    def change(self, recipe: Recipe) -> tuple[str, ...]:
+        """Go on with another recipe; returns the names of the tensors that differ."""
+        before, self.plan = self.plan, self._build(recipe)
+        self.changed = before.changes(self.plan)
+        return self.changed
+
+    def tensor(self, name: str) -> Any:
+        """One tensor of the result as a float32 array (rounded to the output's dtype first)."""
+        tensor = next((t for t in self.plan.tensors if t.name == name), None)
+        if tensor is None:
+            raise Refusal(f"the result has no tensor {name!r}")
+        target = engine.MemoryTarget(tensor.nbytes)
+        engine.perform(engine.Job(self.plan.sources, target), [tensor], threads=1)
+        return kernels.float32(target.data, tensor.dtype).reshape(tensor.shape)
+
+    def write(
+        self,
+        out: str | os.PathLike[str],
+        *,
+        force: bool = False,
+        threads: int = 0,
+        progress: ProgressCallback | None = None,
+    ) -> api.Result:
+        """Write the result. Tensors that the last write to `out` already made are copied."""
+        path = Path(out)
+        api.ready(path, force)
+        if any(path.exists() and path.samefile(known) for known in self._open):
+            raise Refusal(f"{path} is an input of this session; choose another name")
+        last = self._written
+        if last is not None and path.is_file() and last[:2] == (path.resolve(), _stamp(path)):
+            with open_model(path) as made:
+                result = self._run(path, (made, last[2]), threads, progress)
+        else:
+            result = self._run(path, None, threads, progress)
+        self._written = (path.resolve(), _stamp(path), self.plan)
+        return result
+
+    def _run(
+        self,
+        path: Path,
+        made: tuple[Source, Plan] | None,
+        threads: int,
+        progress: ProgressCallback | None,
+    ) -> api.Result:
+        return api.run(self.plan, path, threads=threads, progress=progress, made=made)
+
+    def _build(self, recipe: Recipe) -> Plan:
+        def kept(path: Path) -> Source:
+            if path not in self._open:
+                self._open[path] = open_model(path)
+            return self._open[path]
+
+        try:
+            return planning.build(recipe, folders=self._folders, open_file=kept)
+        except BaseException:
+            self._open.clear()  # the planner closed them
+            raise
+
+    def close(self) -> None:
+        for source in self._open.values():
+            source.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
