@@ -12,6 +12,7 @@ from scipy import ndimage
 
 from plymix.errors import Refusal
 from plymix.methods import angular, arrays, elementwise, exchange, linear, spectral
+from plymix.registry import get_method
 
 SHAPES = [(7,), (6, 5), (4, 3, 3, 3), (5, 2, 1, 1), (1, 7)]
 """A bias, a matrix, a 3x3 and a 1x1 convolution, and a matrix of one row."""
@@ -139,6 +140,40 @@ def test_self_and_replace():
     assert (linear.replace(a, b, alpha=0.25, key="x") == 1).all()
     assert (linear.replace(a, b, alpha=1, key="x.norm") == 1).all()
     assert (linear.replace(a, b, alpha=0, key="x") == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "parameter", "outside"),
+    [
+        ("smoothstep_sum", "alpha", 1.01),
+        ("inv_smoothstep_sum", "alpha", -0.01),
+        ("geometric_sum", "alpha", 1.5),
+        ("multiply_difference", "beta", 2),
+        ("multiply_quotient", "alpha", -1),
+        ("nearswap", "t", -1e-9),
+        ("clamp", "stiffness", 1.5),
+        ("euclidean_add_difference", "alpha", 1.5),
+        ("extract", "gamma", -1),
+        ("tensor", "alpha", -0.5),
+        ("copy_region", "beta", 1.5),
+        ("sparse_topk_delta", "beta", 1.1),
+        ("distribution_crossover", "alpha", 1.1),
+        ("crossover", "alpha", -0.1),
+        ("karcher", "max_iter", 0),
+    ],
+)
+def test_domain_limits(name, parameter, outside):
+    with pytest.raises(Refusal, match="outside its range"):
+        get_method(name).param(parameter).check(outside, name)
+
+
+def test_a_list_of_weights_is_a_parameter():
+    weights = get_method("n_average").param("weights")
+    assert weights.check([1, 0.5], "step") == (1.0, 0.5)
+    assert weights.check((), "step") == ()
+    for wrong in (1.0, "1, 2", [1, "x"], [1, float("nan")], [True]):
+        with pytest.raises(Refusal, match="weights"):
+            weights.check(wrong, "step")
 
 
 # -- element by element ---------------------------------------------------------------------------
@@ -826,9 +861,14 @@ def test_feature_weighted(shape, stretch):
     same(spectral.feature_weighted(a, b, alpha=0.3), matched(m, x), 1e-5)
 
 
-def test_feature_weighted_of_constants_is_a_weighted_sum():
+def test_feature_weighted_without_spread_is_a_weighted_sum():
     a = np.ones((4, 4), np.float32)
     same(spectral.feature_weighted(a, 3 * a, alpha=0.5), 2 * a)
+    x = three((4, 4))[0].astype(np.float64)  # float64: the steps are tiny
+    for step, moves in ((0.5e-6, False), (5e-6, True)):
+        d = np.resize([step, -step], x.shape)
+        found = spectral.feature_weighted(x, x + d, alpha=0.3)
+        assert np.allclose(found, x + 0.3 * d, rtol=0, atol=1e-12) != moves
 
 
 # -- the shared maths -----------------------------------------------------------------------------

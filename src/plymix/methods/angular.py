@@ -147,7 +147,7 @@ def nuslerp(
 
 @method("tensor")
 def norm_direction(a: Array, b: Array, *, alpha: float = 0.5) -> Array:
-    """Norm And Direction
+    """Norm and Direction
 
     u = normalise((1 - alpha) A/|A| + alpha B/|B|);  R = u ((1 - alpha) |A| + alpha |B|)
 
@@ -172,7 +172,7 @@ def multislerp(
     weights: tuple[float, ...] = (),
     normalize: bool = True,
 ) -> Array:
-    """Spherical Interpolation Of Many Models
+    """Spherical Interpolation of Many Models
 
     u_i = X_i / |X_i|;  R = normalise(sum_i w_i u_i) sum_i w_i |X_i|
 
@@ -294,7 +294,7 @@ def ortho_delta(a: Array, b: Array, *, alpha: float = 0.5) -> Array:
 
 @method("tensor", delta=True)
 def orthonorm(a: Array, *models: Array, alpha: Annotated[float, Range(low=0)] = 0.0) -> Array:
-    """Orthogonalised Sum Of Differences
+    """Orthogonalised Sum of Differences
 
     For each difference m in turn, with S the sum so far and w = A + S:
     g = m - (4/pi) atan2(w . m, w . w) w, stretched to the length of m;  S <- S + alpha g
@@ -410,7 +410,7 @@ def cosine_b(
 
 @method("tensor")
 def cosine_local_a(a: Array, b: Array, *, alpha: float = 0.0) -> Array:
-    """Cosine Similarity A Within A Tensor
+    """Cosine Similarity A within a Tensor
 
     c = cosine of A and B along their first axis;  k = 1 - clamp(c - alpha, 0, 1)
     R = (1 - k) A + k B
@@ -426,7 +426,7 @@ def cosine_local_a(a: Array, b: Array, *, alpha: float = 0.0) -> Array:
 
 @method("tensor")
 def cosine_local_b(a: Array, b: Array, *, alpha: float = 0.0) -> Array:
-    """Cosine Similarity B Within A Tensor
+    """Cosine Similarity B within a Tensor
 
     c = mean of the cosine of A and B along their first axis and that of the whole tensors
     k = 1 - clamp(c - alpha, 0, 1);  R = (1 - k) A + k B
@@ -533,7 +533,7 @@ def extract(
     gamma: Annotated[float, Range(low=0)] = 0.3,
     axis: Literal["last", "row"] = "last",
 ) -> Array:
-    """Extract Common Or Different Features
+    """Extract Common or Different Features
 
     b = B - A, c = C - A, s = cosine of b and c, d = ((s + 1)/2)^gamma
     R = A + ((1 - alpha) b + alpha c) ((1 - beta) d + beta (1 - d))

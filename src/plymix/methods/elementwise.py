@@ -240,7 +240,7 @@ def clamp(a: Array, *bounds: Array, stiffness: Annotated[float, UNIT] = 0.0) -> 
 
 @method("elementwise")
 def clip_to_ab(r: Array, a: Array, b: Array) -> Array:
-    """Clip To A And B
+    """Clip to A and B
 
     R = min(max(R, min(A, B)), max(A, B))
 

@@ -36,7 +36,7 @@ def weighted_sum(a: Array, b: Array, *, alpha: float = 0.5) -> Array:
 @method("linear", name="linear", min_models=1)
 @method("linear")
 def n_average(*models: Array, weights: tuple[float, ...] = (), normalize: bool = True) -> Array:
-    """Average Of Any Number Of Models
+    """Average of Any Number of Models
 
     R = sum_i w_i X_i / sum_i w_i
 

@@ -158,15 +158,14 @@ def feature_weighted(a: Array, b: Array, *, alpha: float = 0.3) -> Array:
     1e-6.
     Source: `FWM` of Chattiori-Model-Merger.
     """
-    n = numel(a)
-    if alpha == 0 or n < 2:
-        return lerp(a, b, alpha)
+    if alpha == 0:
+        return a
     matrix = None
     if _has_kernel(a):
         box = _kernel_matrix([_box_matrix(size) for size in a.shape[-2:]])
         matrix = (np.eye(len(box)) + box) / 2 @ box
     d = b - a if matrix is None else _apply_matrix(b - a, matrix)
-    s_a, s_b, s_d = (moments(x)[1] * math.sqrt(n / (n - 1)) for x in (a, b, d))
+    s_a, s_b, s_d = (moments(x)[1] for x in (a, b, d))
     if min(s_a, s_b, s_d) < 1e-6:
         return lerp(a, b, alpha)
     r = _limit(s_b / s_a, 0.5, 2)
