@@ -1,11 +1,12 @@
 """Chunk arithmetic: linear sums and casts on byte buffers, rounded once.
 
-How a sum of 16-bit and 8-bit floats is computed. A coefficient c is cut into two pieces of few
-bits, c = hi + lo, such that hi*x and lo*x are exact in float32 for every x of the input's dtype.
-The pieces are summed in float32 (each addition rounds once, and no product ever rounds), the two sums
-are added, and the total is cast. So cancellation costs nothing, and the result does not depend on
-whether a processor fuses multiply and add: the same bytes on every machine, by either backend.
-Sums with a float32 or float64 input are computed in float64.
+A coefficient c is cut into two pieces of few bits, c = hi + lo, such that hi*x and lo*x are exact.
+The hi products are summed, the lo products are summed, both sums are added and the total is cast.
+No product ever rounds, so it makes no difference whether a processor fuses multiply and add: the
+same bytes on every machine, by either backend.
+
+The sum of two tensors of one 16-bit dtype (nearly every merge) is computed in float32; the few
+elements in which the two terms cancel are computed again in float64, as all other sums are.
 
 NumKong (https://github.com/ashvardanian/NumKong) does the work where it agrees with the numpy
 reference on this processor; numpy does it elsewhere. `PLYMIX_KERNEL=numpy|numkong` decides by hand.
@@ -13,6 +14,7 @@ reference on this processor; numpy does it elsewhere. `PLYMIX_KERNEL=numpy|numko
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -29,8 +31,11 @@ NUMPY = {
 }  # fmt: skip
 """The numpy type that holds a dtype's bytes (bf16 and fp8 as unsigned integers)."""
 
-MANTISSA = {"F16": 11, "BF16": 8, "F8_E4M3": 4, "F8_E5M2": 3}
-"""Significant bits, the hidden one counted, of the dtypes whose products fit float32 exactly."""
+MANTISSA = {"F32": 24, "F16": 11, "BF16": 8, "F8_E4M3": 4, "F8_E5M2": 3}
+"""Significant bits, the hidden one counted, of the dtypes whose products can be exact."""
+
+CANCELLED = 13
+"""Powers of two that two terms may lose to each other before float32 is too coarse for them."""
 
 _KONG = {
     "F64": "float64", "F32": "float32", "F16": "float16",
@@ -42,14 +47,21 @@ Term = tuple[float, str]
 
 
 def split(coefficient: float, bits: int) -> tuple[float, float]:
-    """`coefficient` as hi + lo of `bits` significant bits each; what is below is dropped."""
-    hi = _rounded(coefficient, bits)
-    return hi, _rounded(coefficient - hi, bits)
+    """`coefficient` as hi + lo of `bits` significant bits each; what is below is dropped.
+
+    Both have its sign, so that an infinite element stays infinite.
+    """
+    mantissa, exponent = math.frexp(coefficient)
+    hi = math.ldexp(math.trunc(math.ldexp(mantissa, bits)), exponent - bits)
+    mantissa, exponent = math.frexp(coefficient - hi)
+    return hi, math.ldexp(round(math.ldexp(mantissa, bits)), exponent - bits)
 
 
-def _rounded(value: float, bits: int) -> float:
-    mantissa, exponent = np.frexp(value)
-    return float(np.ldexp(np.round(np.ldexp(mantissa, bits)), exponent - bits))
+def _pieces(terms: Sequence[Term], bits: int) -> list[tuple[float, float]]:
+    """Each coefficient cut for products that are exact in `bits` bits (float64 inputs: not cut)."""
+    return [
+        split(c, bits - MANTISSA[dtype]) if dtype in MANTISSA else (c, 0.0) for c, dtype in terms
+    ]
 
 
 class Sum:
@@ -63,13 +75,19 @@ class Sum:
         self.terms = tuple(terms)
         self.out = out
         self.do = backend or best_backend()
-        self.narrow = all(dtype in MANTISSA for _, dtype in terms)
-        compute = np.float32 if self.narrow else np.float64
-        rows = 4 if self.narrow else 2
+        self.cast = len(terms) == 1 and terms[0][0] == 1.0
+        self.narrow = len(terms) == 2 and out in ("F16", "BF16") and {d for _, d in terms} == {out}
+        self._exact = _pieces(terms, 53)
+        rows, compute = (4, np.float32) if self.narrow else (0 if self.cast else 3, np.float64)
         self._rows = [np.empty(BLOCK, compute) for _ in range(rows)]
-        self._wide = None if self.narrow else np.empty(BLOCK, np.float32)
+        self._single = np.empty(BLOCK, np.float32)
         if self.narrow:
-            self._pieces = [split(c, 24 - MANTISSA[dtype]) for c, dtype in terms]
+            self._pieces = _pieces(terms, 24)
+            step = 1 << (MANTISSA[out] - 1)  # how far apart the codes of x and 2x are
+            lost = CANCELLED - math.log2(abs(terms[0][0]) or 1.0)
+            self._lost = np.uint16(min(max(step * lost, 0), 0x7FFF))
+            self._codes = [np.empty(BLOCK, np.uint16) for _ in range(2)]
+            self._flags = np.zeros(-(-BLOCK // 8) * 8, np.bool_)
 
     def __call__(self, n: int, inputs: Sequence[Any], out: Any) -> None:
         views = [
@@ -77,60 +95,95 @@ class Sum:
             for x, (_, dtype) in zip(inputs, self.terms, strict=True)
         ]
         result = np.frombuffer(out, NUMPY[self.out], n)
-        if self.narrow:
+        if self.cast:
+            self._cast(n, views[0], result)
+        elif self.narrow:
             self._sum_narrow(n, views, result)
         else:
             self._sum_wide(n, views, result)
 
+    def _cast(self, n: int, view: Any, result: Any) -> None:
+        dtype, single = self.terms[0][1], self._single[:n]
+        if dtype == self.out or "F64" in (dtype, self.out):
+            wide = np.empty(n, np.float64)
+            self.do.double(view, dtype, single, wide)
+            self._store(wide, result)
+            return
+        if dtype == "F32":
+            single = view
+        else:
+            self.do.widen(view, dtype, single)
+        self.do.narrow(single, self.out, result)
+
     def _sum_narrow(self, n: int, views: list[Any], result: Any) -> None:
-        """Products exact in float32; one sum of the high pieces, one of the low ones."""
+        """Two terms in float32: one sum of the high pieces, one of the low ones."""
         do = self.do
         x, y, high, low = (row[:n] for row in self._rows)
-        hi0, lo0 = self._pieces[0]
-        do.widen(views[0], self.terms[0][1], x)
-        if len(views) == 1:
-            do.blend(x, x, hi0, 0.0, high)
-            do.blend(x, x, lo0, 0.0, low)
-        else:
-            hi1, lo1 = self._pieces[1]
-            do.widen(views[1], self.terms[1][1], y)
-            do.blend(x, y, hi0, hi1, high)
-            if lo0 or lo1:
-                do.blend(x, y, lo0, lo1, low)
-        exact = not any(lo for _, lo in self._pieces[:2])
-        for view, (_, dtype), (hi, lo) in zip(
-            views[2:], self.terms[2:], self._pieces[2:], strict=True
-        ):
-            do.widen(view, dtype, x)
-            do.blend(high, x, 1.0, hi, high)
-            if lo:
-                if exact:
-                    do.blend(x, x, lo, 0.0, low)
-                    exact = False
-                else:
-                    do.blend(low, x, 1.0, lo, low)
-        if not exact:
+        (hi0, lo0), (hi1, lo1) = self._pieces
+        do.widen(views[0], self.out, x)
+        do.widen(views[1], self.out, y)
+        do.blend(x, y, hi0, hi1, high)
+        if lo0 or lo1:
+            do.blend(x, y, lo0, lo1, low)
             do.blend(high, low, 1.0, 1.0, high)
         do.narrow(high, self.out, result)
+        again = self._cancelled(n, views[0].view(np.uint16), result.view(np.uint16))
+        if again.size:
+            (hi0, lo0), (hi1, lo1) = self._exact
+            x64, y64 = x[again].astype(np.float64), y[again].astype(np.float64)
+            total = (hi0 * x64 + hi1 * y64) + (lo0 * x64 + lo1 * y64)
+            fixed = np.empty(again.size, result.dtype)
+            do.narrow(total.astype(np.float32), self.out, fixed)
+            result[again] = fixed
+
+    def _cancelled(self, n: int, first: Any, result: Any) -> Any:
+        """Where the sum is smaller than its first term by `CANCELLED` powers of two.
+
+        Without its sign, the code of a float is its logarithm but for the fraction's curve.
+        """
+        found, of = (row[:n] for row in self._codes)
+        np.bitwise_and(first, 0x7FFF, out=of)
+        if of.max() <= self._lost:  # nothing is large enough, as in most tensors of fp16
+            return of[:0]
+        np.bitwise_and(result, 0x7FFF, out=found)
+        np.add(found, self._lost, out=found)
+        np.less(found, of, out=self._flags[:n])
+        self._flags[n:] = False
+        # almost all are False: skip them by eights
+        eights = np.flatnonzero(self._flags.view(np.uint64) != 0)
+        near = (eights[:, None] * 8 + np.arange(8)).ravel()
+        return near[self._flags[near]]
 
     def _sum_wide(self, n: int, views: list[Any], result: Any) -> None:
+        """Any number of terms in float64."""
         do = self.do
-        total, x = (row[:n] for row in self._rows)
-        scratch = self._wide[:n]  # type: ignore[index]
-        c0, dtype0 = self.terms[0]
-        do.double(views[0], dtype0, scratch, total)
+        total, x, low = (row[:n] for row in self._rows)
+        single = self._single[:n]
+        exact = not any(lo for _, lo in self._exact)
+        hi, lo = self._exact[0]
+        do.double(views[0], self.terms[0][1], single, total)
         if len(views) == 1:
-            do.blend(total, total, c0, 0.0, total)
-        for i, (view, (c, dtype)) in enumerate(zip(views[1:], self.terms[1:], strict=True)):
-            do.double(view, dtype, scratch, x)
-            do.blend(total, x, c0 if i == 0 else 1.0, c, total)
+            do.blend(total, total, lo, 0.0, low)
+            do.blend(total, total, hi, 0.0, total)
+        for i, view in enumerate(views[1:], 1):
+            do.double(view, self.terms[i][1], single, x)
+            before, rest = (hi, lo) if i == 1 else (1.0, 1.0)
+            if not exact:
+                do.blend(total if i == 1 else low, x, rest, self._exact[i][1], low)
+            do.blend(total, x, before, self._exact[i][0], total)
+        if not exact:
+            do.blend(total, low, 1.0, 1.0, total)
+        self._store(total, result)
+
+    def _store(self, total: Any, result: Any) -> None:
         if self.out == "F64":
             result[:] = total
         elif self.out == "F32":
-            do.single(total, result)
+            self.do.single(total, result)
         else:
-            do.single(total, scratch)
-            do.narrow(scratch, self.out, result)
+            single = self._single[: total.size]
+            self.do.single(total, single)
+            self.do.narrow(single, self.out, result)
 
 
 class Backend:
