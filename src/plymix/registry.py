@@ -141,6 +141,7 @@ _FAMILIES = (
     "linear",
     "elementwise",
     "angular",
+    "cosine",
     "exchange",
     "spectral",
     "task",

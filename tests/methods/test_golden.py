@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from plymix.methods import angular, elementwise, exchange, linear, spectral
+from plymix.methods import cosine as cosine_family
 
 A = np.array([[0.5, -1, 2], [1.5, 0.25, -0.75]], dtype=np.float32)
 B = np.array([[1, -0.5, 1], [-0.5, 1.25, -1.5]], dtype=np.float32)
@@ -94,15 +95,15 @@ def test_angular():
         "0.435234, -0.866129, 1.73226, 0.964517, 0.685234, -0.85407",
     )
     golden(
-        angular.cosine_local_a(A, B, alpha=0.3),
+        cosine_family.cosine_local_a(A, B, alpha=0.3),
         "1, -0.642745, 1.51153, -0.5, 0.964509, -1.11635",
     )
     golden(
-        angular.cosine_local_b(A, B, alpha=0.3),
+        cosine_family.cosine_local_b(A, B, alpha=0.3),
         "1, -0.625097, 1.36322, -0.5, 0.999807, -1.22759",
     )
     golden(
-        angular.extract(A, B, C, **AB, gamma=0.3),
+        cosine_family.extract(A, B, C, **AB, gamma=0.3),
         "0.612927, -0.825476, 1.65095, 0.818688, 0.560598, -0.990463",
     )
 
@@ -158,14 +159,14 @@ def two_keys() -> TwoKeys:
     ("function", "prepare", "limits", "row"),
     [
         (
-            angular.cosine_a,
-            angular.prepare_cosine_a,
+            cosine_family.cosine_a,
+            cosine_family.prepare_cosine_a,
             (0.9385926, 0.9640512),
             "0.192438, 0.433354, 0.62597, 0.789876, 0.885542",
         ),
         (
-            angular.cosine_b,
-            angular.prepare_cosine_b,
+            cosine_family.cosine_b,
+            cosine_family.prepare_cosine_b,
             (0.9385513, 0.9622139),
             "0.176832, 0.417301, 0.614301, 0.788236, 0.894586",
         ),

@@ -12,6 +12,7 @@ from scipy import ndimage
 
 from plymix.errors import Refusal
 from plymix.methods import angular, arrays, elementwise, exchange, linear, spectral
+from plymix.methods import cosine as cosine_family
 from plymix.registry import get_method
 
 SHAPES = [(7,), (6, 5), (4, 3, 3, 3), (5, 2, 1, 1), (1, 7)]
@@ -505,10 +506,10 @@ def test_cosine_local(abc):
     x, y = wide(a, b)
     s = cosine(x, y, 0)
     k = 1 - np.clip(s - 0.2, 0, 1)
-    same(angular.cosine_local_a(a, b, alpha=0.2), x + k * (y - x))
+    same(cosine_family.cosine_local_a(a, b, alpha=0.2), x + k * (y - x))
     c = (s + cosine(x.ravel(), y.ravel(), 0)) / 2
     k = 1 - np.clip(c - 0.2, 0, 1)
-    same(angular.cosine_local_b(a, b, alpha=0.2), x + k * (y - x))
+    same(cosine_family.cosine_local_b(a, b, alpha=0.2), x + k * (y - x))
 
 
 class Keys(dict):
@@ -522,8 +523,8 @@ def test_cosine_over_all_keys(abc):
     tensors["first_stage_model.x"] = three((8, 9), seed=7)[:2]
     tensors["scalar"] = (np.float32(1), np.float32(2))
     for wanted, function, prepare in [
-        ("a", angular.cosine_a, angular.prepare_cosine_a),
-        ("b", angular.cosine_b, angular.prepare_cosine_b),
+        ("a", cosine_family.cosine_a, cosine_family.prepare_cosine_a),
+        ("b", cosine_family.cosine_b, cosine_family.prepare_cosine_b),
     ]:
         seen, combined = [], {}
         for key in list(tensors)[:6]:
@@ -553,8 +554,8 @@ def test_cosine_over_all_keys(abc):
 @pytest.mark.parametrize(
     ("function", "prepare"),
     [
-        (angular.cosine_a, angular.prepare_cosine_a),
-        (angular.cosine_b, angular.prepare_cosine_b),
+        (cosine_family.cosine_a, cosine_family.prepare_cosine_a),
+        (cosine_family.cosine_b, cosine_family.prepare_cosine_b),
     ],
 )
 def test_cosine_without_spread_and_with_empty_columns(function, prepare):
@@ -562,7 +563,7 @@ def test_cosine_without_spread_and_with_empty_columns(function, prepare):
     a[:, 1] = 0
     b = 2 * a
     state = prepare(Keys(k=(a, b)))
-    if function is angular.cosine_a:  # all similarities are 1: k = 1 - alpha
+    if function is cosine_family.cosine_a:  # all similarities are 1: k = 1 - alpha
         assert state[0] == pytest.approx(state[1], abs=1e-12)
         same(function(a, b, alpha=0.25, key="k", state=(1.0, 1.0)), 0.75 * a + 0.25 * b)
     zero = (0 * a, 0 * a)
@@ -582,18 +583,18 @@ def test_cosine_gates(abc, alpha):
     a, b, _ = abc
     x, y = wide(a, b)
     if a.ndim == 1:
-        same(angular.cosine_gate_blend(a, b, alpha=alpha), x + 0.25 * alpha * (y - x))
-        same(angular.channel_cosine_gate(a, b, alpha=alpha), x + alpha * (y - x))
+        same(cosine_family.cosine_gate_blend(a, b, alpha=alpha), x + 0.25 * alpha * (y - x))
+        same(cosine_family.channel_cosine_gate(a, b, alpha=alpha), x + alpha * (y - x))
         return
     axes = tuple(range(1, a.ndim))
     c = np.sum(x * y, axes, keepdims=True) / np.sqrt(
         np.sum(x * x, axes, keepdims=True) * np.sum(y * y, axes, keepdims=True)
     )
     m = np.clip(abs(alpha) * np.clip((c + 1) / 2, 0, 1), 0, 1)
-    found = angular.cosine_gate_blend(a, b, alpha=alpha)
+    found = cosine_family.cosine_gate_blend(a, b, alpha=alpha)
     same(found, matched(x + m * (y - x), x), 1e-5)
     g = np.clip(3 * (1 - c), 0, 1)
-    found = angular.channel_cosine_gate(a, b, alpha=alpha, beta=3.0)
+    found = cosine_family.channel_cosine_gate(a, b, alpha=alpha, beta=3.0)
     same(found, (1 - g) * x + g * (x + alpha * (y - x)), 1e-5)
 
 
@@ -611,8 +612,8 @@ def test_cosine_scaled(abc, inverse, simple):
         k = 1 - k if inverse else k
         k = np.full_like(k, k.mean()) if simple else k
     options = {"alpha": 0.6, "inverse": inverse, "simple": simple}
-    same(angular.cosine_scaled(*abc[:2], **options), x + 0.6 * k * (y - x), 2e-5)
-    same(angular.cosine_scaled(*abc, **options), x + 0.6 * k * (y - z), 2e-5)
+    same(cosine_family.cosine_scaled(*abc[:2], **options), x + 0.6 * k * (y - x), 2e-5)
+    same(cosine_family.cosine_scaled(*abc, **options), x + 0.6 * k * (y - z), 2e-5)
 
 
 @pytest.mark.parametrize("axis", ["last", "row"])
@@ -627,7 +628,7 @@ def test_extract(abc, axis, gamma):
         s = s.reshape(len(b), *[1] * (x.ndim - 1))
     d = ((np.clip(s, -1, 1) + 1) / 2) ** gamma
     expected = x + (0.8 * b + 0.2 * c) * (0.7 * d + 0.3 * (1 - d))
-    found = angular.extract(*abc, alpha=0.2, beta=0.3, gamma=gamma, axis=axis)
+    found = cosine_family.extract(*abc, alpha=0.2, beta=0.3, gamma=gamma, axis=axis)
     same(found, expected, 1e-4 if gamma == 0.3 else 1e-5)  # x^0.3 is steep at s = -1
 
 

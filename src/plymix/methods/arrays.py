@@ -190,6 +190,44 @@ def model_weights(
     return [w / total for w in ws]
 
 
+# -- one number per row or column -----------------------------------------------------------------
+
+
+def as_rows(x: Array) -> Array:
+    """Everything after the first axis in one: a conv kernel (o, i, h, w) becomes (o, i h w)."""
+    return namespace(x).reshape(x, (x.shape[0], -1))
+
+
+def as_lines(x: Array) -> Array:
+    """Everything before the last axis in one."""
+    return namespace(x).reshape(x, (-1, x.shape[-1]))
+
+
+def row_products(x: Array, y: Array) -> tuple[Array, Array, Array]:
+    """x . x, x . y and y . y of each row of two matrices, as columns.
+
+    float64, because what is asked is often how far a cosine is from 1.
+    """
+    xp = namespace(x, y)
+    x, y = xp.astype(x, xp.float64), xp.astype(y, xp.float64)
+    xx, xy, yy = (xp.vecdot(p, q)[:, None] for p, q in ((x, x), (x, y), (y, y)))
+    return xx, xy, yy
+
+
+def column_products(x: Array, y: Array) -> tuple[Array, Array, Array]:
+    """As `row_products` of each column, as rows."""
+    xp = namespace(x, y)
+    rows, columns = x.shape
+    step = max(1, (BLOCK if is_numpy_array(x) else 1 << 24) // columns)
+    total: Any = 0.0
+    for i in range(0, rows, step):
+        p, q = (xp.astype(v[i : i + step, :], xp.float64) for v in (x, y))
+        pairs = ((p, p), (p, q), (q, q))
+        total = total + xp.stack([xp.sum(p * q, axis=0, keepdims=True) for p, q in pairs])
+    xx, xy, yy = xp.unstack(total)
+    return xx, xy, yy
+
+
 # -- order ----------------------------------------------------------------------------------------
 
 
