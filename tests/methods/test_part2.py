@@ -552,11 +552,25 @@ def test_rotate_solves_procrustes(shape):
 
 
 @pytest.mark.parametrize("shape", [(9, 5), (5, 9), (6, 6)])
-@pytest.mark.parametrize("alignment", [0.3, 0.5, -0.4])
+@pytest.mark.parametrize("alignment", [0.3, 0.5, -0.4, 2.0, -1.0])
 def test_a_fraction_of_a_rotation_is_a_rotation(shape, alignment):
     a, b = normal(*shape, dtype=np.float64), normal(*shape, seed=1, dtype=np.float64)
     r = matrix.rotate(a, b, alignment=alignment, centralization=0.0)
     np.testing.assert_allclose(r @ r.T, a @ a.T, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(9, 5), (5, 9), (6, 6)])
+def test_a_rotation_continues_to_its_end(shape):
+    """Just short of 1 the general way meets the short cut at 1 (b is a turned, no mirror image)."""
+    a = normal(*shape, dtype=np.float64)
+    k = normal(shape[1], shape[1], seed=1, dtype=np.float64)
+    b = a @ scipy.linalg.expm(0.1 * (k - k.T))
+    ends = [matrix.rotate(a, b, alignment=x, centralization=0.0) for x in (1.0, 1 - 1e-9, 1 + 1e-9)]
+    np.testing.assert_allclose(ends[0], b, atol=1e-9)
+    np.testing.assert_allclose(ends[1], b, atol=1e-7)
+    np.testing.assert_allclose(ends[2], b, atol=1e-7)
+    there_and_back = matrix.rotate(b, a, centralization=0.0)
+    np.testing.assert_allclose(there_and_back, a, atol=1e-9)
 
 
 def test_fractional_power_against_scipy():
@@ -564,6 +578,7 @@ def test_fractional_power_against_scipy():
     expected = scipy.linalg.fractional_matrix_power(q, 0.37).real
     np.testing.assert_allclose(matrix._power(q, 0.37), expected, atol=1e-10)
     block = scipy.linalg.block_diag(np.eye(4), [[0.0, -1.0], [1.0, 0.0]], np.eye(3))
+    np.testing.assert_allclose(matrix._power(q, -2.0), np.linalg.inv(q @ q), atol=1e-10)
     half = matrix._power(block, 0.5)
     np.testing.assert_allclose(half @ half, block, atol=1e-12)
 

@@ -17,7 +17,7 @@ import numpy as np
 from array_api_compat import device
 
 from plymix.methods import Array
-from plymix.methods.arrays import blockwise, combine, lerp, namespace, normal
+from plymix.methods.arrays import blockwise, combine, lerp, namespace, norm, normal
 from plymix.methods.selection import as_matrix
 from plymix.methods.task import ties
 from plymix.registry import Range, method
@@ -73,6 +73,8 @@ def _power(q: Array, exponent: float) -> Array:
     with eigenvalues cos(angle - PHASE) are orthonormal however close the angles lie.
     """
     xp = namespace(q)
+    if exponent == int(exponent):
+        return xp.linalg.matrix_power(q if exponent > 0 else _t(q), abs(int(exponent)))
     even, odd = (q + _t(q)) / 2, (q - _t(q)) / 2
     _, vectors = xp.linalg.eigh(even * math.cos(PHASE) - 1j * (odd * math.sin(PHASE)))
     values = xp.sum(xp.conj(vectors) * (xp.astype(q, vectors.dtype) @ vectors), axis=0)
@@ -81,45 +83,36 @@ def _power(q: Array, exponent: float) -> Array:
     return xp.real(turned @ _t(xp.conj(vectors)))
 
 
-def _span(x: Array) -> Array:
-    """An orthonormal basis of the columns of `x`, without the directions that are numerically 0."""
-    u, s, _ = _svd(x)
-    eps = namespace(x).finfo(x.dtype).eps
-    keep = int(namespace(x).sum(s > max(x.shape) * eps * s[0]))
-    return u[:, :keep]
-
-
 def _turn(u: Array, v: Array, exponent: float, *, proper: bool) -> tuple[Array, Array]:
     """A basis W and, in it, Q^exponent for the rotation Q that takes the columns `u` to `v`.
 
-    Both have orthonormal columns, and Q turns only the space they span, whose basis is W. What of
-    that space lies outside `u` is taken to what lies outside `v` by the shortest way. `proper`
-    avoids a reflection by turning round the last column of `u` (the least important one).
+    Both have orthonormal columns, and Q turns only the space they span, whose basis is W = [u, r].
+    What of that space lies outside `u` is taken to what lies outside `v` by the shortest way.
+    `proper` avoids a reflection by turning round the last column of `u` (the least important one).
     """
-    xp = namespace(u)
-    if u.shape[1] == 0:
+    xp, k = namespace(u), u.shape[1]
+    if k == 0:
         return u, xp.zeros((0, 0), dtype=u.dtype, device=device(u))
-    if u.shape[0] == u.shape[1]:
-        w = xp.eye(u.shape[0], dtype=u.dtype, device=device(u))
-        a, b = u, v
-    else:
-        w = _span(xp.concat([u, v], axis=1))
-        a, b = _t(w) @ u, _t(w) @ v
-        rest_a, rest_b = _complement(a), _complement(b)
-        if rest_a.shape[1]:
-            rest_b = rest_b @ _orthogonal(_t(rest_b) @ rest_a)
-            a, b = xp.concat([a, rest_a], axis=1), xp.concat([b, rest_b], axis=1)
-    q = b @ _t(a)
+    w = xp.concat([u, _beyond(u, v)], axis=1)
+    q = _t(w) @ v
+    if w.shape[1] > k:
+        rest = xp.linalg.svd(q, full_matrices=True)[0][:, k:]
+        q = xp.concat([q, rest @ _orthogonal(_t(rest[k:, :]))], axis=1)
     if proper and float(xp.linalg.slogdet(q)[0]) < 0:
-        last = u.shape[1] - 1
-        q = q - 2 * (b[:, last : last + 1] @ _t(a[:, last : last + 1]))
+        q = xp.concat([q[:, : k - 1], -q[:, k - 1 : k], q[:, k:]], axis=1)
     return w, _power(q, exponent)
 
 
-def _complement(x: Array) -> Array:
-    """Orthonormal columns that complete the orthonormal columns of `x` to a square matrix."""
-    u, _, _ = namespace(x).linalg.svd(x, full_matrices=True)
-    return u[:, x.shape[1] :]
+def _beyond(u: Array, v: Array) -> Array:
+    """An orthonormal basis of what the columns of `v` have outside those of `u`."""
+    xp = namespace(u)
+    if u.shape[0] == u.shape[1]:
+        return u[:, :0]
+    basis, s, _ = _svd(v - u @ (_t(u) @ v))
+    r = basis[:, : int(xp.count_nonzero(s > max(u.shape) * xp.finfo(u.dtype).eps))]
+    r = r - u @ (_t(u) @ r)
+    r = r[:, xp.linalg.vector_norm(r, axis=0) > 0.5]  # the others were rounding inside u
+    return xp.linalg.qr(r)[0] if r.shape[1] else r
 
 
 def _rotated(x: Array, w: Array, q: Array) -> Array:
@@ -181,15 +174,19 @@ def rotate(
     else:
         (qx, rx), (qy, ry) = xp.linalg.qr(_t(x)), xp.linalg.qr(_t(y))
         left, s, right = _svd(rx @ _t(ry))
-        rank = int(xp.sum(s > s[0] * max(x.shape) * xp.finfo(s.dtype).eps))
+        rank = int(xp.count_nonzero(s > s[0] * max(x.shape) * xp.finfo(s.dtype).eps))
         u, v = qx @ left[:, :rank], qy @ _t(right)[:, :rank]
+    mean = mean_x + (mean_y - mean_x) * alignment
+    inside = x @ u
+    if alignment == 1 and alpha == 0 and norm(inside) >= norm(x) * (1 - 1e-6):
+        # All of x lies in the columns of u, so no more of Q is needed.
+        return _back(inside @ _t(v) + mean, a)
     whole = alignment == int(alignment)
     w, q = _turn(u, v, 1.0 if alpha else alignment, proper=not whole)
     if alpha:
         x = lerp(x, _rotated(y, w, _t(q)), alpha)
         q = _power(q, alignment) if w.shape[1] else q
-    turned = _rotated(x, w, q) + (mean_x + (mean_y - mean_x) * alignment)
-    return _back(turned, a)
+    return _back(_rotated(x, w, q) + mean, a)
 
 
 @method("tensor")
