@@ -677,6 +677,7 @@ def test_tensor2_works_on_wide_second_axes_only():
         (0.0, 0.3, "0000000000"),
         (1.0, 0.3, "1111111111"),
         (-0.5, 0.2, "1100000111"),
+        (-0.8, -0.7, "1110011111"),
     ],
 )
 def test_copy_region(alpha, beta, expected):
