@@ -322,7 +322,10 @@ class Worker:
                 self._chunk(item)
             case WholeItem():
                 tensor = item.tensor
-                data = self._finished(tensor, self.evaluate(tensor.expr))
+                if isinstance(tensor.expr, Const):
+                    data = tensor.expr.data
+                else:
+                    data = self._finished(tensor, self.evaluate(tensor.expr))
                 self.job.target.write_at(tensor.offset, data)
                 self.job.add(tensor.nbytes)
 
@@ -389,8 +392,6 @@ class Worker:
             self.job.add(n * size)
 
     def _finished(self, tensor: Tensor, value: Any) -> Any:
-        if isinstance(value, bytes):
-            return value
         return kernels.narrowed(_to_numpy(value), tensor.dtype)
 
     def evaluate(self, expr: Expr, part: tuple[int, int] | None = None) -> Any:
@@ -409,7 +410,7 @@ class Worker:
             case Narrow():
                 return self.evaluate(expr.wide)[:, : expr.channels]
             case Const():
-                return expr.data
+                return kernels.float32(expr.data, expr.dtype).reshape(expr.shape)
 
     def _load(self, leaf: Leaf, part: tuple[int, int] | None) -> Any:
         info, source = leaf.info, self.job.sources[leaf.source]

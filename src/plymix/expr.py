@@ -31,7 +31,7 @@ class Leaf:
 
 @dataclass(frozen=True, slots=True)
 class Sum:
-    """sum(coefficient * expression); without terms it is zero."""
+    """sum(coefficient * expression), of one term or more."""
 
     terms: tuple[tuple[float, Expr], ...]
 
@@ -73,9 +73,11 @@ class Narrow:
 
 @dataclass(frozen=True, slots=True)
 class Const:
-    """Bytes in the output's dtype."""
+    """A tensor known at planning time."""
 
     data: bytes
+    dtype: str
+    shape: tuple[int, ...]
 
 
 Expr = Union[Leaf, Sum, Call, Patch, Narrow, Const]
@@ -191,8 +193,12 @@ class Linear:
         return cls({expr: 1.0})
 
     def expr(self) -> Expr:
-        """The folded expression: zero terms dropped, a lone term of weight 1 unwrapped."""
+        """The folded expression: zero terms dropped, a lone term of weight 1 unwrapped.
+
+        Where nothing is left, one term of weight 0 stays, for the shape.
+        """
         terms = tuple((c, e) for e, c in self.terms.items() if c != 0.0)
+        terms = terms or ((0.0, next(iter(self.terms))),)
         if len(terms) == 1 and terms[0][0] == 1.0:
             return terms[0][1]
         return Sum(terms)
@@ -228,5 +234,7 @@ def apply(method: Method, args: tuple[Expr, ...], params: Mapping[str, Any], cal
     """`method` on `args`: folded when it is linear, else `call`, which holds the same arguments."""
     if method.kind != "linear":
         return call
+    if "key" in method.given:
+        params = {**params, "key": call.key}
     result: Linear = method.function(*map(Linear.of, args), **params)
     return result.expr()

@@ -6,7 +6,9 @@ input, folds nests of linear steps to one sum per tensor, and fixes the output's
 
 from __future__ import annotations
 
+import math
 import os
+import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,11 +18,13 @@ from typing import Any
 
 from plymix import archs, weights
 from plymix.archs import Architecture, Detection, Place
-from plymix.errors import Refusal, listed
+from plymix.errors import Refusal, listed, unknown
 from plymix.expr import (
     Call,
+    Const,
     Expr,
     Leaf,
+    Linear,
     Patch,
     Sum,
     Tensor,
@@ -241,6 +245,8 @@ class _Planner:
         for settings in self.settings.values():
             self.notes += settings.notes
         self.swaps = self._component_swaps()
+        self.followed = {archs.ema_key(key): key for key in self.base.tensors}
+        self.adjusted = _Adjustment(recipe.output.adjust, self.arch)
         tensors, places, fates = self._tensors()
         self._idle_rules()
         dropped, unmatched = self._account(tensors)
@@ -457,18 +463,22 @@ class _Planner:
             if isinstance(expr, Leaf) and expr.info.strides is None:
                 fates[name] = Fate("copied", why or self.inputs[expr.source].label)
             else:
-                fates[name] = Fate("merged", why)
+                fates[name] = Fate("filled" if isinstance(expr, Const) else "merged", why)
         return tuple(tensors), places, fates
 
     def _spelling(self, key: str) -> str:
         """The output's name of a key: the base model's, else its first owner's."""
+        if "names" in self.recipe.output.repair:
+            return key
         if key in self.base.tensors:
             return self.base.tensors[key].name
         return next(i.tensors[key].name for i in self.inputs if key in i.tensors)
 
     def _keys(self) -> Iterator[tuple[str, Place]]:
         """Canonical keys of the output, in the base model's order, then those added by rule."""
-        yield from self.base.places.items()
+        for key, place in self.base.places.items():
+            if not (self.recipe.output.trim and self._trimmed(key, place)):
+                yield key, place
         seen = set(self.base.places)
         for component, part in self.swaps.items():
             for key, place in part.places.items():
@@ -482,42 +492,56 @@ class _Planner:
                         seen.add(key)
                         yield key, place
 
+    def _trimmed(self, key: str, place: Place) -> bool:
+        """Whether `trim` drops a key of the base: another model lacks it."""
+        free = place.buffer or place.component in (*self.swaps, "ema")
+        return not free and not all(key in i.tensors for i in self.by_name.values())
+
     def _tensor(self, key: str, place: Place) -> tuple[Expr, tuple[int, ...], str, str] | None:
         """(expression, shape, dtype, reason) of an output tensor; None: dropped by a rule."""
-        ema = self.recipe.output.ema
-        if place.component == "ema" and ema != "keep":
-            return None
+        if place.component == "ema":
+            return self._ema_tensor(key)
         swap = self.swaps.get(place.component)
-        if swap is not None and component_given(swap, place.component):
+        if place.buffer:
+            owner = next(
+                i for i in (swap or self.base, self.base, *self.inputs) if key in i.tensors
+            )
+            return self._buffer(key, owner.tensors[key], owner.index)
+        if swap is not None and place.component in swap.components:
             leaf = self._leaf(swap, key)
             if leaf is None:
-                if not place.buffer:
-                    return None
-                leaf = self._leaf(self.base, key)
-            assert leaf is not None
+                return None
+            known = self.base.tensors.get(key, leaf.info)
+            info = _fitted(leaf.info, known.shape) or leaf.info
+            expr, shape, dtype = Leaf(leaf.source, info), info.shape, self._dtype(leaf.info)
             why = "" if swap is self.base else f"{place.component} of {swap.label}"
-            shape = self._shape_like_base(key, leaf)
-            return self._cast(Leaf(leaf.source, replace(leaf.info, shape=shape)), leaf.info, why)
-        if place.buffer or place.component == "ema":
-            owner = next(i for i in (self.base, *self.inputs) if key in i.tensors)
-            info = owner.tensors[key]
-            return self._cast(Leaf(owner.index, info), info, "buffer" if place.buffer else "EMA")
-        value = self._value(self.recipe.final, key, place)
-        if value is None:
+        else:
+            value = self._value(self.recipe.final, key, place)
+            if value is None:
+                return None
+            (made, shape), why = value, ""
+            first = next(i for i in (self.base, *self.inputs) if key in i.tensors)
+            expr, dtype = made, self._dtype(first.tensors[key])
+        return self.adjusted(key, expr, shape), shape, dtype, why
+
+    def _ema_tensor(self, key: str) -> tuple[Expr, tuple[int, ...], str, str] | None:
+        """EMA weights are kept as the base has them, or exchanged with the weights they follow."""
+        ema = self.recipe.output.ema
+        info = self.base.tensors.get(key)
+        if ema not in ("keep", "exchange") or info is None:
             return None
-        expr, shape = value
-        first = next(i for i in (self.base, *self.inputs) if key in i.tensors)
-        dtype = self._dtype(first.tensors[key])
-        return expr, shape, dtype, ""
+        if ema == "exchange":
+            info = self.base.tensors.get(self.followed.get(key, key), info)
+        return Leaf(self.base.index, info), info.shape, self._dtype(info), "EMA"
 
-    def _shape_like_base(self, key: str, leaf: Leaf) -> tuple[int, ...]:
-        known = self.base.tensors.get(key)
-        return leaf.info.shape if known is None else known.shape
-
-    def _cast(
-        self, leaf: Leaf, info: TensorInfo, why: str
+    def _buffer(
+        self, key: str, info: TensorInfo, owner: int
     ) -> tuple[Expr, tuple[int, ...], str, str]:
-        return leaf, leaf.info.shape, self._dtype(info), why
+        """A buffer is never blended and never cast: in 16 bits a noise schedule is a wrong one."""
+        if "position_ids" in self.recipe.output.repair and key.endswith(".position_ids"):
+            ids = b"".join(i.to_bytes(8, "little") for i in range(info.numel))
+            return Const(ids, "I64", info.shape), info.shape, "I64", "position_ids reset"
+        return Leaf(owner, info), info.shape, info.dtype, "buffer"
 
     def _dtype(self, info: TensorInfo) -> str:
         asked = DTYPES[self.recipe.output.dtype]
@@ -525,7 +549,7 @@ class _Planner:
 
     def _leaf(self, owner: Input, key: str) -> Leaf | None:
         info = owner.tensors.get(key)
-        if self.recipe.output.ema == "use" and self.arch is not None:
+        if self.recipe.output.ema in ("use", "exchange") and self.arch is not None:
             info = owner.tensors.get(archs.ema_key(key), info)
         return None if info is None else Leaf(owner.index, info)
 
@@ -689,6 +713,8 @@ class _Planner:
         output = self.recipe.output
         if place.component == "ema":
             return f"ema = {output.ema}"
+        if i is self.base and output.trim and self._trimmed(key, place):
+            return "trim"
         swap = self.swaps.get(place.component)
         if swap is not None and swap is not i:
             return f"{place.component} is {swap.label}'s"
@@ -721,8 +747,77 @@ def _any_place(key: str) -> Place:
     return Place(key, "model", "BUFFER" if buffer else ANY, ANY, buffer)
 
 
-def component_given(part: Input, component: str) -> bool:
-    return component in part.components
+class _Adjustment:
+    """`output.adjust`: what is done to named tensors after the merge (see methods/tuning.py)."""
+
+    def __init__(self, asked: Mapping[str, Any], arch: Architecture | None) -> None:
+        self.scales: dict[str, float] = {}
+        self.offsets: dict[str, tuple[float, ...]] = {}
+        self.saturation = self.cfg = 1.0
+        if not asked:
+            return
+        from plymix.methods import tuning
+
+        fields = ("detail", "contrast", "brightness", "colour", "saturation", "cfg")
+        for field in asked:
+            if field not in fields:
+                raise unknown("field of output.adjust", field, fields)
+        if arch is None or arch.name not in tuning.COLOURS_OF:
+            raise Refusal("output.adjust works on SD1, SD2 and SDXL models; leave it out here")
+        detail = _numbers("detail", asked.get("detail", 0.0), 3)
+        contrast, brightness = (
+            _numbers(f, asked.get(f, 0.0), 1)[0] for f in ("contrast", "brightness")
+        )
+        colour = _numbers("colour", asked.get("colour", 0.0), 3)
+        values = (*detail, contrast, brightness, *colour)
+        for key, (scale, offsets) in tuning.adjust(values, tuning.COLOURS_OF[arch.name]).items():
+            self.scales[key] = scale
+            self.offsets[key] = offsets
+        self.saturation, self.cfg = (
+            _numbers(f, asked.get(f, 1.0), 1)[0] for f in ("saturation", "cfg")
+        )
+
+    def __call__(self, key: str, expr: Expr, shape: tuple[int, ...]) -> Expr:
+        scale = self.scales.get(key, 1.0)
+        if self.cfg != 1.0:
+            from plymix.methods import tuning
+
+            scale *= tuning.cfg_sensitivity(key, self.cfg)
+        total = Linear.of(expr) * scale
+        if offsets := self.offsets.get(key):
+            data = struct.pack(f"<{len(offsets)}f", *offsets)
+            if len(offsets) != math.prod(shape):
+                raise Refusal(f"output.adjust: {key} has the shape {list(shape)}, not 4 values")
+            total += Linear.of(Const(data, "F32", shape))
+        if self.saturation != 1.0 and key in _saturated():
+            return Call(
+                step="output.adjust",
+                method="vae_saturation",
+                args=(total.expr(),),
+                params=(("saturation", self.saturation),),
+                key=key,
+                seed=0,
+                models=(0,),
+            )
+        return total.expr()
+
+
+def _saturated() -> tuple[str, ...]:
+    from plymix.methods import tuning
+
+    return tuning.VAE_OUTPUTS
+
+
+def _numbers(field: str, value: Any, count: int) -> tuple[float, ...]:
+    """`value` as `count` finite numbers; one number stands for all of them."""
+    values = value if isinstance(value, (list, tuple)) else [value] * count
+    good = len(values) == count and all(
+        isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values
+    )
+    if not good:
+        what = "a number" if count == 1 else f"{count} numbers"
+        raise Refusal(f"output.adjust.{field} = {value!r} is not {what}")
+    return tuple(map(float, values))
 
 
 def _require_model(i: Input, base: Input) -> None:

@@ -28,7 +28,8 @@ METADATA_KEY = "plymix.recipe"
 """Where a result carries its recipe in its metadata."""
 
 DTYPES = {"keep": "", "fp32": "F32", "fp16": "F16", "bf16": "BF16"}
-EMA = ("drop", "keep", "use")
+EMA = ("drop", "keep", "use", "exchange")
+REPAIRS = ("position_ids", "names")
 BLEND = "blend"
 """Reserved value of `output.vae`: merge the VAE like the text encoder."""
 
@@ -58,15 +59,25 @@ class Step(msgspec.Struct, frozen=True):
 
 
 class Output(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What is made of the last step's result."""
+    """What is made of the last step's result.
+
+    vae           a model, a file, or "blend" (merged like the text encoder); "": the base model's
+    text_encoder  a model or a file; "": merged by the steps
+    ema           drop; keep the base's as they are; use them as the weights; exchange both
+    union, trim   add keys that the base lacks; drop keys that another model lacks
+    repair        "position_ids" resets CLIP's to 0..76, "names" writes canonical key names
+    adjust        detail, contrast, brightness, colour; saturation (VAE), cfg (cross-attention)
+    """
 
     from_: str = ""
     file: str = ""
     dtype: str = "keep"
-    vae: str = ""  # a model, a file, or BLEND; "" is the base model's
-    text_encoder: str = ""  # a model or a file; "" is merged by the steps
+    vae: str = ""
+    text_encoder: str = ""
     ema: str = "drop"
     union: bool = False
+    trim: bool = False
+    repair: tuple[str, ...] = ()
     arch: str = ""  # "any": a plain merge by key
     allow_mixed_prediction: bool = False
     adjust: dict[str, Any] = {}
@@ -326,6 +337,9 @@ def _output(found: dict[str, Any], models: Mapping[str, Any], steps: Mapping[str
         raise unknown("output.dtype", output.dtype, DTYPES)
     if output.ema not in EMA:
         raise unknown("output.ema", output.ema, EMA)
+    for repair in output.repair:
+        if repair not in REPAIRS:
+            raise unknown("output.repair", repair, REPAIRS)
     if output.arch not in ("", "any"):
         raise unknown("output.arch", output.arch, ["any"])
     return output

@@ -212,18 +212,31 @@ VAE_OUTPUTS = (
 """The tensors that `vae_saturation` changes."""
 
 
-def vae_saturation(x: Array, saturation: float) -> Array:
-    """The VAE's last convolution (weight or bias, RGB first) with its colours' saturation scaled.
+COLOURS_OF: Mapping[str, Literal["sd", "sdxl", "direct"]] = {
+    "sd1": "sd",
+    "sd2": "sd",
+    "sdxl": "sdxl",
+}
+"""Architecture -> its table of `COLOURS`."""
+
+
+@method("tensor")
+def vae_saturation(a: Array, *, key: str, saturation: float = 1.0) -> Array:
+    """Colour Saturation of the VAE
+
+    R = G + saturation (A - G) on the RGB axis of `VAE_OUTPUTS`, G the mean of the three colours
 
     Each colour moves from its grey, the mean of the three, by the factor `saturation`: 1 changes
     nothing, 0 decodes to grey. This is s I + (1 - s)/3 ones(3, 3) times the RGB axis, exact for
-    every image. Raises Refusal where the first axis is not RGB.
+    every image. All other tensors stay as they are. Raises Refusal where the first axis is not RGB.
     Source: Chattiori-Model-Merger `vae_sat`.
     """
-    if x.shape[0] != 3:
-        raise Refusal(f"saturation needs three colour channels; this tensor has shape {x.shape}")
-    grey = namespace(x).mean(x, axis=0, keepdims=True)
-    return grey + saturation * (x - grey) if saturation != 1 else x
+    if key not in VAE_OUTPUTS or saturation == 1:
+        return a
+    if a.shape[0] != 3:
+        raise Refusal(f"saturation needs three colour channels; {key} has the shape {a.shape}")
+    grey = namespace(a).mean(a, axis=0, keepdims=True)
+    return grey + saturation * (a - grey)
 
 
 CFG_PROJECTIONS: Mapping[str, str] = {
@@ -246,3 +259,15 @@ def cfg_sensitivity(key: str, gain: float, projections: Sequence[str] = ("k", "v
         if p not in CFG_PROJECTIONS:
             raise unknown("cross-attention projection", p, CFG_PROJECTIONS)
     return gain if key.endswith(tuple(CFG_PROJECTIONS[p] for p in projections)) else 1.0
+
+
+@method("linear")
+def cfg_sens(a: Array, *, key: str, gain: float = 1.0) -> Array:
+    """Sensitivity to the Prompt
+
+    R = gain A for the key, value and output projections of cross-attention, else A
+
+    See `cfg_sensitivity`; gain 1 changes nothing.
+    Source: Chattiori-Model-Merger `cfg_sens`.
+    """
+    return a * cfg_sensitivity(key, gain)
