@@ -27,7 +27,7 @@ from plymix.engine import Progress, ProgressCallback, available_cpus
 from plymix.errors import Cancelled, FormatError, listed, unknown
 from plymix.formats import open_model
 from plymix.formats.base import BITS, Source, TensorInfo
-from plymix.inspect import has_places, placed
+from plymix.inspection import has_places, placed
 from plymix.recipe import DTYPES
 
 CHUNK = 1 << 20
