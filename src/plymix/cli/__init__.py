@@ -1,2 +1,189 @@
-def main() -> None: ...
-def main_mbw() -> None: ...
+"""The command line: parse, call, show. Nobody imports this room.
+
+    plymix mbw model1.ckpt model2.ckpt --weights GRAD_V
+
+`COMMANDS` is all there is. A command's module is imported when the command is called, and help for
+all of them is printed from this table, so that `plymix --help` costs no more than Python's start.
+
+Exit codes: 0 done, 1 failed (or a file found unhealthy), 2 refused, 130 stopped. Results go to
+stdout, notes, progress and errors to stderr. With `--json` stdout holds exactly one JSON document;
+an error is `{"error": text, "exit_code": number}` then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from plymix.cli import screen
+from plymix.errors import PlymixError, Refusal, unknown
+
+if TYPE_CHECKING:
+    from cyclopts import App
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "mbw": ("merging:mbw", "Merge two models by blocks; numbers are the share of model 1."),
+    "merge": ("merging:merge", "Merge two models; alpha is the share of the second, B."),
+    "explain": ("merging:explain", "Show what a merge or a recipe would do; nothing is written."),
+    "run": ("recipes:run", "Run a recipe (TOML) into one file."),
+    "replay": ("recipes:replay", "Make a result again from the recipe in it, byte for byte."),
+    "verify": ("recipes:verify", "Tell whether a result is what its recipe says."),
+    "recipe show": ("recipes:show", "Print the recipe that a result carries."),
+    "inspect": ("looking:inspect", "Show what a model file is and holds."),
+    "check": ("looking:check", "Look for damage: NaN, infinities, zeros, bad position ids."),
+    "presets": ("looking:presets", "List the block weight presets, or draw one."),
+    "methods": ("looking:methods", "List the merge methods, or explain one."),
+    "archs": ("looking:archs", "List the architectures, or one's blocks and components."),
+    "doctor": ("looking:doctor", "Test this installation, processor and disk."),
+}
+"""Command -> (module of this package and function, first line of its help)."""
+
+
+def main() -> int:
+    """The console script `plymix`."""
+    return _entry(sys.argv[1:])
+
+
+def main_mbw() -> int:
+    """The console script `merge_block_weighted`: `plymix mbw` under its old name."""
+    return _entry(["mbw", *sys.argv[1:]], prog="merge_block_weighted")
+
+
+def _entry(words: Sequence[str], prog: str = "") -> int:
+    if hasattr(signal, "SIGTERM"):
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill ends as Ctrl-C does
+    return run(words, prog)
+
+
+def run(words: Sequence[str], prog: str = "") -> int:
+    """Carry out one command line and give its exit code. Errors are shown, never raised."""
+    screen.prepare()
+    try:
+        code = _dispatch(words, prog)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        _silence()
+        return 1
+    except BaseException as e:
+        return _failed(e, "--json" in words)
+
+
+def _dispatch(words: Sequence[str], prog: str) -> int:
+    if not words or words[0] in ("--help", "-h", "help"):
+        screen.put(overview())
+        return 0
+    if words[0] in ("--version", "-V"):
+        from plymix import __version__
+
+        screen.put(f"plymix {__version__}")
+        return 0
+    name = next((n for n in COMMANDS if list(words[: n.count(" ") + 1]) == n.split()), None)
+    if name is None:
+        raise _no_command(words)
+    import cyclopts
+
+    try:
+        found = app(name, prog)(words[name.count(" ") + 1 :])
+    except cyclopts.CycloptsError as e:
+        text = str(e).strip().rstrip(".")
+        raise Refusal(f"{text}; see {prog or f'plymix {name}'} --help") from None
+    return found if isinstance(found, int) else 0
+
+
+def app(name: str, prog: str = "") -> App:
+    """The parser of one command. Its function gives the exit code, or None for 0."""
+    from cyclopts import App, Parameter
+
+    module, function = COMMANDS[name][0].split(":")
+    home = import_module(f"plymix.cli.{module}")
+    command = getattr(home, function)
+    made = App(
+        name=prog or f"plymix {name}",
+        help=_paragraphs(command.__doc__ or ""),
+        help_format="plaintext",
+        help_epilogue=home.EXAMPLES[name].replace("PROG", prog or f"plymix {name}"),
+        version_flags=[],
+        default_parameter=Parameter(negative=()),
+        result_action="return_value",
+        exit_on_error=False,
+        print_error=False,
+    )
+    made["--help"].show = False
+    made.default(command)
+    return made
+
+
+def _paragraphs(doc: str) -> str:
+    """A docstring with one line per paragraph, for the terminal to wrap."""
+    return "\n\n".join(" ".join(part.split()) for part in doc.split("\n\n"))
+
+
+def _no_command(words: Sequence[str]) -> Refusal:
+    if words[0] == "recipe":
+        return unknown("recipe command", " ".join(words[1:2]), ["show"])
+    if words[0].startswith("-"):
+        return Refusal(f"{words[0]} comes before a command; see plymix --help")
+    return unknown("command", words[0], COMMANDS, help="see plymix --help")
+
+
+def overview() -> str:
+    """The help of `plymix` itself."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "plymix merges diffusion checkpoints layer by layer.",
+            "",
+            "Usage: plymix COMMAND ...",
+            "",
+            *lines,
+            "",
+            "plymix COMMAND --help tells all about one. plymix --version tells the version.",
+        ]
+    )
+
+
+def _failed(error: BaseException, as_json: bool) -> int:
+    """Show an error in one or two lines; its exit code."""
+    text, code = _told(error)
+    screen.error(text)
+    if os.environ.get("PLYMIX_DEBUG") == "1":
+        import traceback
+
+        screen.put("".join(traceback.format_exception(error)), sys.stderr)
+    if as_json:
+        try:
+            screen.put_json({"error": text, "exit_code": code})
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _silence()
+    return code
+
+
+def _told(error: BaseException) -> tuple[str, int]:
+    match error:
+        case PlymixError():
+            return str(error), error.exit_code
+        case KeyboardInterrupt():
+            return "stopped; nothing was written", 130
+        case OSError():
+            name = f": {error.filename}" if error.filename is not None else ""
+            return f"{error.strerror or error}{name}", 1
+        case MemoryError():
+            return "out of memory; nothing was written", 1
+        case SystemExit(code=int(code)):
+            return "stopped", code
+    what = f"{type(error).__name__}: {error}".splitlines()[0]
+    return f"internal error ({what}); please report it, with what PLYMIX_DEBUG=1 adds", 1
+
+
+def _silence() -> None:
+    """Whoever read stdout has gone: let Python's last flush go nowhere."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
