@@ -16,6 +16,8 @@ from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Any
 
+import numpy as np
+
 from plymix import archs, weights
 from plymix.archs import Architecture, Detection, Place
 from plymix.errors import Refusal, listed, unknown
@@ -121,7 +123,7 @@ class Plan:
 
     @property
     def copied(self) -> int:
-        return len(self.fates) - self.merged
+        return sum(f.how == "copied" for f in self.fates.values())
 
     @cached_property
     def bytes_read(self) -> int:
@@ -513,15 +515,16 @@ class _Planner:
                 return None
             known = self.base.tensors.get(key, leaf.info)
             info = _fitted(leaf.info, known.shape) or leaf.info
-            expr, shape, dtype = Leaf(leaf.source, info), info.shape, self._dtype(leaf.info)
+            expr: Expr = Leaf(leaf.source, info)
+            shape, dtype = info.shape, self._dtype(leaf.info)
             why = "" if swap is self.base else f"{place.component} of {swap.label}"
         else:
             value = self._value(self.recipe.final, key, place)
             if value is None:
                 return None
-            (made, shape), why = value, ""
+            expr, shape = value
             first = next(i for i in (self.base, *self.inputs) if key in i.tensors)
-            expr, dtype = made, self._dtype(first.tensors[key])
+            dtype, why = self._dtype(first.tensors[key]), ""
         return self.adjusted(key, expr, shape), shape, dtype, why
 
     def _ema_tensor(self, key: str) -> tuple[Expr, tuple[int, ...], str, str] | None:
@@ -759,9 +762,9 @@ class _Adjustment:
         from plymix.methods import tuning
 
         fields = ("detail", "contrast", "brightness", "colour", "saturation", "cfg")
-        for field in asked:
-            if field not in fields:
-                raise unknown("field of output.adjust", field, fields)
+        for name in asked:
+            if name not in fields:
+                raise unknown("field of output.adjust", name, fields)
         if arch is None or arch.name not in tuning.COLOURS_OF:
             raise Refusal("output.adjust works on SD1, SD2 and SDXL models; leave it out here")
         detail = _numbers("detail", asked.get("detail", 0.0), 3)
@@ -882,6 +885,7 @@ class _Settings:
         self.lists: dict[str, list[weights.Resolved]] = {}
         self.notes: list[str] = []
         self.fixed: dict[str, Any] = {}
+        self._tried: set[Any] = set()
         self.ruled = next((p.name for p in self.method.params if p.type is float), "")
         if self.rules and not self.ruled:
             raise Refusal(f"{self.where}: {step.method} has no weight that rules could set")
@@ -942,8 +946,23 @@ class _Settings:
             found[name] = tuple(values[m - first] for m in models if m >= first) if values else ()
         return found
 
+    def _try(self, params: dict[str, Any], count: int) -> None:
+        """Let the method refuse its settings now, on one element, not in the middle of the work."""
+        tried = (count, tuple(sorted(params.items())))
+        if tried in self._tried or self.method.kind in ("linear", "cross", "group"):
+            return
+        self._tried.add(tried)
+        given: dict[str, Any] = {"key": "", "rng": np.random.default_rng}
+        given = {name: value for name, value in given.items() if name in self.method.given}
+        try:
+            with np.errstate(all="ignore"):
+                self.method.function(*[np.ones(1, np.float32)] * count, **params, **given)
+        except Refusal as e:
+            raise Refusal(f"{self.where} ({self.method.name}): {e}") from None
+
     def apply(self, key: str, place: Place, args: Sequence[Expr], models: tuple[int, ...]) -> Expr:
         params = self.params(place, key, models)
+        self._try(params, len(args))
         call = Call(
             step=self.name,
             method=self.method.name,

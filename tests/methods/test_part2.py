@@ -1138,12 +1138,16 @@ def test_vae_saturation():
     w = normal(3, 8, 3, 3, dtype=np.float64)
     m = 0.4 * np.eye(3) + 0.6 / 3 * np.ones((3, 3))
     expected = np.einsum("ij,jabc->iabc", m, w)
-    np.testing.assert_allclose(tuning.vae_saturation(w, 0.4), expected, atol=1e-12)
+    np.testing.assert_allclose(
+        tuning.vae_saturation(w, key=tuning.VAE_OUTPUTS[0], saturation=0.4), expected, atol=1e-12
+    )
     bias = normal(3, seed=1, dtype=np.float64)
-    np.testing.assert_allclose(tuning.vae_saturation(bias, 0.4), m @ bias, atol=1e-12)
-    assert tuning.vae_saturation(w, 1.0) is w
+    np.testing.assert_allclose(
+        tuning.vae_saturation(bias, key=tuning.VAE_OUTPUTS[1], saturation=0.4), m @ bias, atol=1e-12
+    )
+    assert tuning.vae_saturation(w, key=tuning.VAE_OUTPUTS[0], saturation=1.0) is w
     with pytest.raises(Refusal, match="three colour"):
-        tuning.vae_saturation(normal(4, 2), 0.5)
+        tuning.vae_saturation(normal(4, 2), key=tuning.VAE_OUTPUTS[0], saturation=0.5)
 
 
 def test_cfg_sensitivity():
