@@ -568,6 +568,8 @@ def test_cosine_without_spread_and_with_empty_columns(function, prepare):
         same(function(a, b, alpha=0.25, key="k", state=(1.0, 1.0)), 0.75 * a + 0.25 * b)
     zero = (0 * a, 0 * a)
     assert prepare(Keys(k=zero)) == (1.0, 1.0)
+    # A without any direction counts as alike: k = 1 - 0.25
+    same(function(0 * b, b, alpha=0.25, key="k", state=(0.0, 1.0)), 0.25 * b)
     assert prepare(Keys()) == (1.0, 1.0)
     assert np.isfinite(function(a, b, alpha=0.3, key="k", state=state)).all()
     assert (function(*zero, alpha=0.3, key="k", state=(1.0, 1.0)) == 0).all()
@@ -614,6 +616,12 @@ def test_cosine_scaled(abc, inverse, simple):
     options = {"alpha": 0.6, "inverse": inverse, "simple": simple}
     same(cosine_family.cosine_scaled(*abc[:2], **options), x + 0.6 * k * (y - x), 2e-5)
     same(cosine_family.cosine_scaled(*abc, **options), x + 0.6 * k * (y - z), 2e-5)
+
+
+def test_cosine_scaled_of_scalars_is_unscaled():
+    a, b, c = (np.float32(x) for x in (1, 3, 2))
+    assert cosine_family.cosine_scaled(a, b, alpha=0.25) == 1.5
+    assert cosine_family.cosine_scaled(a, b, c, alpha=0.25) == 1.25
 
 
 @pytest.mark.parametrize("axis", ["last", "row"])
