@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -17,7 +18,7 @@ from msgspec.structs import replace
 
 from plymix import hashes
 from plymix.plan import Input, Plan
-from plymix.recipe import METADATA_KEY, Model, Recipe, Step, to_json
+from plymix.recipe import METADATA_KEY, Model, Recipe, Step, from_json, to_json
 
 A1111_METHODS = {"weighted_sum": "Weighted sum", "add_difference": "Add difference"}
 
@@ -36,14 +37,18 @@ def today() -> str:
 
 
 def recorded(plan: Plan) -> Recipe:
-    """The recipe as it is stored: file names without folders, sizes, hashes, the date."""
+    """The recipe as it is stored: file names without folders, sizes, hashes, the date.
+
+    It comes back from its canonical JSON, so that a replay starts from the very same value.
+    """
     models = dict(plan.recipe.models)
     for i in plan.inputs:
         models[i.name] = Model(i.label, i.source.nbytes, pending(i))
     used = {i.name for i in plan.inputs}
     output = replace(plan.recipe.output, file="", date=plan.recipe.output.date or today())
     steps = {name: plan.recipe.steps[name] for name in plan.recipe.order()}
-    return Recipe({n: m for n, m in models.items() if n in used}, steps, output)
+    stored = Recipe({n: m for n, m in models.items() if n in used}, steps, output)
+    return from_json(to_json(stored))
 
 
 def build(plan: Plan) -> dict[str, str]:
@@ -145,22 +150,62 @@ def _step_formula(recipe: Recipe, step: Step) -> str:
 
     names = [operand(n) for n in step.inputs]
     alpha = step.params.get("alpha", 0.5 if step.method == "weighted_sum" else 1.0)
+    rules = f", rules = {', '.join(step.rules)}" if step.rules else ""
     if step.method == "weighted_sum":
         if isinstance(alpha, (int, float)):
-            return f"{1 - alpha:.4g} × {names[0]} + {alpha:.4g} × {names[1]}"
-        return f"(1 - α) × {names[0]} + α × {names[1]}, α = {_weight(alpha)}"
+            return f"{1 - alpha:.4g} × {names[0]} + {alpha:.4g} × {names[1]}{rules}"
+        return f"(1 - α) × {names[0]} + α × {names[1]}, α = {_weight(alpha)}{rules}"
     if step.method == "add_difference" and len(names) == 3:
         factor, rest = "α", f", α = {_weight(alpha)}"
         if isinstance(alpha, (int, float)):
             factor, rest = f"{alpha:.4g}", ""
-        return f"{names[0]} + {factor} × ({names[1]} - {names[2]}){rest}"
+        return f"{names[0]} + {factor} × ({names[1]} - {names[2]}){rest}{rules}"
+    coefficients = _coefficients(step)
+    if coefficients and len(coefficients) == len(names):
+        text = _signed(coefficients, names)
+        if step.method != "subtract" or abs(coefficients[0]) == 1:
+            return text
+        return f"{coefficients[0]:.4g} × ({_signed([1, -1], names)})"
     params = "".join(f", {k} = {_weight(v)}" for k, v in step.params.items())
-    return f"{step.method}({', '.join(names)}{params})"
+    return f"{step.method}({', '.join(names)}{params}{rules})"
+
+
+def _coefficients(step: Step) -> list[float]:
+    """Those of a step that is a sum of its inputs, where they are plain numbers; else []."""
+    if step.rules:
+        return []
+    scale = step.params.get("scale", 1.0)
+    match step.method:
+        case "linear" | "n_average":
+            found = list(step.params.get("weights", ())) or [1.0] * len(step.inputs)
+        case "subtract" if isinstance(scale, (int, float)):
+            return [scale, -scale]
+        case "scale" if isinstance(scale, (int, float)):
+            return [scale]
+        case "sum":
+            return [1.0, 1.0]
+        case _:
+            return []
+    if not all(isinstance(w, (int, float)) for w in found):
+        return []
+    total = math.fsum(found) if step.params.get("normalize", True) else 1.0
+    return [w / total for w in found] if total else []
+
+
+def _signed(coefficients: Sequence[float], names: Sequence[str]) -> str:
+    """'0.5 × a.ckpt - b.ckpt'"""
+    text = ""
+    for i, (c, name) in enumerate(zip(coefficients, names, strict=True)):
+        sign = ("-" if c < 0 else "") if i == 0 else (" - " if c < 0 else " + ")
+        text += sign + (name if abs(c) == 1 else f"{abs(c):.4g} × {name}")
+    return text
 
 
 def _weight(value: Any) -> str:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return f"{value:.4g}"
+    if isinstance(value, (list, tuple)) and len(value) > 8:
+        return f"{len(value)} weights"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_weight(v) for v in value) + "]"
     if isinstance(value, dict):
