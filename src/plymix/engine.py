@@ -542,16 +542,14 @@ def perform(
     for thread in pool:
         thread.start()
     try:
-        while any(thread.is_alive() for thread in pool):
-            pool[-1].join(0.1)
-            for thread in pool[:-1]:
-                thread.join(0)
-            if not pool[-1].is_alive():
-                for thread in pool[:-1]:
-                    thread.join(0.1)
+        working = pool
+        while working:
+            working = [thread for thread in pool if thread.is_alive()]
             now = Progress("merging", job.done, total, time.monotonic() - began)
             if progress is not None and progress(now) is False:
                 job.stop = True
+            for thread in working[:1]:
+                thread.join(0.1)
     except BaseException as e:  # Ctrl-C, or the callback's own error
         job.error = job.error or e
     finally:
