@@ -20,13 +20,16 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from plymix.api import Explanation, Progress, Result, explain, merge, open, two_models
     from plymix.errors import Cancelled, Failure, FormatError, PlymixError, Refusal
+    from plymix.expression import Expression, merge_method, model
     from plymix.health import check
+    from plymix.importers import import_recipe
     from plymix.inspection import inspect
     from plymix.recipe import Recipe
 
 _HOMES = {
     "Cancelled": "errors",
     "Explanation": "api",
+    "Expression": "expression",
     "Failure": "errors",
     "FormatError": "errors",
     "PlymixError": "errors",
@@ -37,8 +40,11 @@ _HOMES = {
     "Session": "session",
     "check": "health",
     "explain": "api",
+    "import_recipe": "importers",
     "inspect": "inspection",
     "merge": "api",
+    "merge_method": "expression",
+    "model": "expression",
     "open": "api",
     "two_models": "api",
 }
@@ -46,6 +52,7 @@ _HOMES = {
 __all__ = [
     "Cancelled",
     "Explanation",
+    "Expression",
     "Failure",
     "FormatError",
     "PlymixError",
@@ -57,8 +64,11 @@ __all__ = [
     "__version__",
     "check",
     "explain",
+    "import_recipe",
     "inspect",
     "merge",
+    "merge_method",
+    "model",
     "open",
     "two_models",
 ]

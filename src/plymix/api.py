@@ -23,6 +23,7 @@ from plymix import recipe as recipes
 from plymix.engine import Progress, ProgressCallback
 from plymix.errors import Refusal, unknown
 from plymix.expr import Leaf
+from plymix.expression import Expression
 from plymix.formats import Source, open_model, writer_for
 from plymix.plan import Plan
 from plymix.recipe import BLEND, Recipe
@@ -168,18 +169,21 @@ def with_base(alpha: Any, base: float | None) -> Any:
     return {"base": base, "blocks": value}
 
 
-def explain(a: PathLike | Recipe, b: PathLike | None = None, **options: Any) -> Explanation:
+def explain(
+    a: PathLike | Recipe | Expression, b: PathLike | None = None, **options: Any
+) -> Explanation:
     """What `merge` with the same arguments would do, without doing it.
 
-    Takes two models and the options of `two_models`, or a Recipe. `models` names folders to look
-    for files in; `strict` refuses keys without a partner. Raises Refusal.
+    Takes two models and the options of `two_models`, a Recipe, or an expression with the fields of
+    a recipe's [output] as options. `models` names folders to look for files in; `strict` refuses
+    keys without a partner. Raises Refusal.
     """
     with _plan(a, b, options) as plan:
         return explained(plan)
 
 
 def merge(
-    a: PathLike | Recipe,
+    a: PathLike | Recipe | Expression,
     b: PathLike | None = None,
     out: PathLike | None = None,
     *,
@@ -189,22 +193,32 @@ def merge(
     progress: ProgressCallback | None = None,
     **options: Any,
 ) -> Result:
-    """Merge two models, or run a Recipe, into the file `out` (.safetensors or .ckpt).
+    """Merge two models, or run a Recipe or an expression, into the file `out`.
 
-    Options are those of `two_models`, and `models` and `strict` as for `explain`. An existing file
-    is replaced only with `force`. `threads` 0 means one per processor. `progress` is called a few
+        merge("a.safetensors", "b.safetensors", "out.safetensors", alpha=0.3)
+        merge((plymix.model("a.ckpt") + plymix.model("b.ckpt")) / 2, "out.ckpt", dtype="fp16")
+
+    Options are those of `two_models` or, for an expression, the fields of a recipe's [output]; and
+    `models` and `strict` as for `explain`. `out` ends in .safetensors or .ckpt; an existing file is
+    replaced only with `force`. `threads` 0 means one per processor. `progress` is called a few
     times a second with a `Progress`; if it returns False the merge stops and leaves nothing.
     Raises Refusal before anything is read, Failure or Cancelled after.
     """
+    if out is None and isinstance(a, (Recipe, Expression)):
+        b, out = None, b
     path = output_path(a, out)
     ready(path, force)
     with _plan(a, b, options) as plan:
         return run(plan, path, threads=threads, device=device, progress=progress)
 
 
-def _plan(a: PathLike | Recipe, b: PathLike | None, options: dict[str, Any]) -> Plan:
+def _plan(
+    a: PathLike | Recipe | Expression, b: PathLike | None, options: dict[str, Any]
+) -> Plan:
     folders: Sequence[str] = options.pop("models", ())
     strict: bool = options.pop("strict", False)
+    if isinstance(a, Expression):
+        a, options = a.recipe(**options), {}
     if isinstance(a, Recipe):
         if b is not None or options:
             raise Refusal("a Recipe says it all: give no second model and no merge options with it")
@@ -218,7 +232,7 @@ def _plan(a: PathLike | Recipe, b: PathLike | None, options: dict[str, Any]) -> 
     return planning.build(two_models(a, b, **options), folders=folders, strict=strict)
 
 
-def output_path(a: PathLike | Recipe, out: PathLike | None) -> Path:
+def output_path(a: PathLike | Recipe | Expression, out: PathLike | None) -> Path:
     file = out or (a.output.file if isinstance(a, Recipe) else "")
     if not file:
         raise Refusal("where to? name the output file (-o out.safetensors)")

@@ -39,6 +39,7 @@ from plymix.expr import (
     chunkable,
     leaves,
     plain_terms,
+    positional,
 )
 from plymix.formats.base import BITS, Handle, Layout, Piece, Source
 from plymix.registry import get_method
@@ -441,7 +442,7 @@ class Worker:
             params["rng"] = lambda i: generator(call.seed, call.key, call.models[i])
         if "state" in method.given:
             params["state"] = self.job.state[call.step]
-        return method.function(*args, **params)
+        return method.function(*positional(method, args, call.models), **params)
 
 
 def weighted(arrays: Sequence[Any], coefficients: Sequence[float]) -> Any:

@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Union
 
@@ -236,5 +236,15 @@ def apply(method: Method, args: tuple[Expr, ...], params: Mapping[str, Any], cal
         return call
     if "key" in method.given:
         params = {**params, "key": call.key}
-    result: Linear = method.function(*map(Linear.of, args), **params)
+    given = positional(method, [Linear.of(arg) for arg in args], call.models)
+    result: Linear = method.function(*given, **params)
     return result.expr()
+
+
+def positional(method: Method, args: Sequence[Any], models: tuple[int, ...]) -> list[Any]:
+    """`args` as `method` takes them: None stands for an optional model left out before `*models`.
+
+    `models` are the positions of `args` among the step's inputs.
+    """
+    left_out = models[0] if method.variadic and method.inputs else 0
+    return [None] * left_out + list(args)

@@ -274,7 +274,7 @@ def formulas(found: recipe.Recipe) -> tuple[str, ...]:
     lines = []
     for name in found.order():
         step = found.steps[name]
-        given = [files.get(i, i) for i in step.inputs]
+        given = [files.get(i, i) for i in step.inputs if i]
         given += [f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in step.params.items()]
         given += [f"rules={list(step.rules)}"] if step.rules else []
         given += [f"seed={step.seed}"] if step.seed else []

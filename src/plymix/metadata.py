@@ -148,7 +148,7 @@ def _step_formula(recipe: Recipe, step: Step) -> str:
         text = formula(recipe, name)
         return f"({text})" if name in recipe.steps else text
 
-    names = [operand(n) for n in step.inputs]
+    names = [operand(n) for n in step.inputs if n]
     alpha = step.params.get("alpha", 0.5 if step.method == "weighted_sum" else 1.0)
     rules = f", rules = {', '.join(step.rules)}" if step.rules else ""
     if step.method == "weighted_sum":

@@ -35,6 +35,7 @@ from plymix.expr import (
     leaves,
     narrow,
     plain_terms,
+    positional,
 )
 from plymix.formats import open_model, writer_for
 from plymix.formats.base import Entry, Layout, Source, TensorInfo
@@ -253,6 +254,7 @@ class _Planner:
         self._idle_rules()
         dropped, unmatched = self._account(tensors)
         self._nothing_matched(tensors)
+        self._strength(tensors, fates)
         if self.strict and any(unmatched.values()):
             worst = {k: v for k, v in unmatched.items() if v}
             text = "; ".join(f"{listed(v)} only in {k}" for k, v in worst.items())
@@ -277,7 +279,7 @@ class _Planner:
         recipe = self.recipe
         used = [recipe.base()]
         for step in recipe.order():
-            used += [n for n in recipe.steps[step].inputs if n in recipe.models]
+            used += [n for n in recipe.uses(step) if n in recipe.models]
         return list(dict.fromkeys(used))
 
     def _open(self, name: str) -> Input:
@@ -562,20 +564,19 @@ class _Planner:
             leaf = self._leaf(self.by_name[name], key)
             return None if leaf is None else (leaf, leaf.info.shape)
         settings = self.settings[name]
-        values = [self._value(used, key, place) for used in settings.step.inputs]
+        names = settings.step.inputs
+        values = [self._value(used, key, place) if used else None for used in names]
         present = [(i, v) for i, v in enumerate(values) if v is not None]
         if not present:
             return None
         method = settings.method
         fixed = len(values) if not method.variadic else len(method.inputs)
-        lost = [i for i, v in enumerate(values) if v is None]
-        if any(i < fixed for i in lost) or len(present) - fixed < method.min_variadic * bool(
-            method.variadic
-        ):
+        lost = [i for i, v in enumerate(values) if v is None and names[i]]
+        several = sum(i >= fixed for i, _ in present)
+        if any(i < fixed for i in lost) or (method.variadic and several < method.min_variadic):
             return self._without(settings, key, present, lost)
         if lost:
-            used = [settings.step.inputs[i] for i in lost]
-            self._lack(f"merged without {listed(used)}, which lacks it", key)
+            self._lack(f"merged without {listed(names[i] for i in lost)}, which lacks it", key)
         return self._applied(settings, key, place, present)
 
     def _without(
@@ -585,8 +586,12 @@ class _Planner:
         present: list[tuple[int, tuple[Expr, tuple[int, ...]]]],
         lost: list[int],
     ) -> tuple[Expr, tuple[int, ...]]:
-        """A step that lacks an input at `key` gives its first one unchanged."""
+        """A step that lacks an input at `key` gives its first one unchanged, or difference 0."""
         names = settings.step.inputs
+        if settings.method.delta:
+            expr, shape = present[0][1]
+            self._lack(f"left out of a difference: not in {names[lost[0]]}", key)
+            return Sum(((0.0, expr),)), shape
         self._lack(f"taken from {names[present[0][0]]}: not in {names[lost[0]]}", key)
         return present[0][1]
 
@@ -650,6 +655,22 @@ class _Planner:
         if expr == inner[owner]:
             return args[owner], shapes[owner]
         return Patch(args[owner], expr, widths[0]), shapes[owner]
+
+    def _strength(self, tensors: Sequence[Tensor], fates: Mapping[str, Fate]) -> None:
+        """Note sums whose coefficients do not add up to one model."""
+        totals: dict[str, float] = {}
+        for tensor in tensors:
+            terms = plain_terms(tensor.expr)
+            total = math.fsum(c for c, _ in terms)
+            if terms and fates[tensor.name].how == "merged" and abs(total - 1) > 1e-6:
+                totals[tensor.name] = total
+        if totals:
+            low, high = min(totals.values()), max(totals.values())
+            found = f"{low:.4g}" if high - low < 1e-6 else f"{low:.4g} to {high:.4g}"
+            self.notes.append(
+                f"the weights of the models sum to {found}, not to 1, in {len(totals)} tensors:"
+                f" {listed(totals, 3)}; is a division or a difference missing?"
+            )
 
     # --- accounts -------------------------------------------------------------------------------
 
@@ -946,9 +967,9 @@ class _Settings:
             found[name] = tuple(values[m - first] for m in models if m >= first) if values else ()
         return found
 
-    def _try(self, params: dict[str, Any], count: int) -> None:
+    def _try(self, params: dict[str, Any], models: tuple[int, ...]) -> None:
         """Let the method refuse its settings now, on one element, not in the middle of the work."""
-        tried = (count, tuple(sorted(params.items())))
+        tried = (models, tuple(sorted(params.items())))
         if tried in self._tried or self.method.kind in ("linear", "cross", "group"):
             return
         self._tried.add(tried)
@@ -956,13 +977,14 @@ class _Settings:
         given = {name: value for name, value in given.items() if name in self.method.given}
         try:
             with np.errstate(all="ignore"):
-                self.method.function(*[np.ones(1, np.float32)] * count, **params, **given)
+                ones = [np.ones(1, np.float32)] * len(models)
+                self.method.function(*positional(self.method, ones, models), **params, **given)
         except Refusal as e:
             raise Refusal(f"{self.where} ({self.method.name}): {e}") from None
 
     def apply(self, key: str, place: Place, args: Sequence[Expr], models: tuple[int, ...]) -> Expr:
         params = self.params(place, key, models)
-        self._try(params, len(args))
+        self._try(params, models)
         call = Call(
             step=self.name,
             method=self.method.name,

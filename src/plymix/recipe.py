@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class Step(msgspec.Struct, frozen=True):
     """One method applied to named models or steps.
 
     `inputs` are the names given to the method's tensors in order: first its named ones (`a`, `b`,
-    `base`), then `models`. `params` are as written; `plan` resolves them for each block.
+    `base`), then `models`; "" stands for an optional one left out before others. `params` are as written; `plan` resolves them for each block.
     """
 
     method: str
@@ -105,13 +106,13 @@ class Recipe(msgspec.Struct, frozen=True):
     def uses(self, name: str) -> tuple[str, ...]:
         """The names that `name` is made of directly."""
         step = self.steps.get(name)
-        return step.inputs if step else ()
+        return tuple(filter(None, step.inputs)) if step else ()
 
     def base(self, name: str | None = None) -> str:
         """The model that `name` (default: the final step) starts from: first input, all the way."""
         name = self.final if name is None else name
         while name in self.steps:
-            name = self.steps[name].inputs[0]
+            name = self.uses(name)[0]
         return name
 
     def order(self) -> tuple[str, ...]:
@@ -170,10 +171,7 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
     output = msgspec.to_builtins(recipe.output)
     output["from"] = output.pop("from_", "")
     return {
-        "models": {
-            name: m.file if m == Model(m.file) else msgspec.to_builtins(m)
-            for name, m in recipe.models.items()
-        },
+        "models": {name: model_fields(m) for name, m in recipe.models.items()},
         "steps": {name: dict(_step_fields(step)) for name, step in recipe.steps.items()},
         "output": output,
     }
@@ -182,8 +180,8 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 def _step_fields(step: Step) -> Iterator[tuple[str, Any]]:
     method = get_method(step.method)
     yield "method", step.method
-    named = step.inputs[: len(method.inputs)]
-    yield from zip(method.inputs, named, strict=False)
+    named = zip(method.inputs, step.inputs, strict=False)
+    yield from ((field, name) for field, name in named if name)
     if method.variadic:
         yield "models", list(step.inputs[len(method.inputs) :])
     yield from step.params.items()
@@ -216,12 +214,8 @@ def _with_part(recipe: Recipe, part: str) -> Recipe:
     file = getattr(recipe.output, part)
     if not file or file in recipe.models or (part == "vae" and file == BLEND):
         return recipe
-    stem = re.sub(r"[^\w.+()-]", "_", Path(file).stem) or part
-    name = next(
-        n
-        for n in (stem, *(f"{stem}-{i}" for i in range(2, 100)))
-        if n not in recipe.steps and n != BLEND and recipe.models.get(n, Model(file)).file == file
-    )
+    others = [n for n, m in recipe.models.items() if m.file != file]
+    name = model_name(file, (*others, *recipe.steps))
     return Recipe(
         {**recipe.models, name: recipe.models.get(name, Model(file))},
         recipe.steps,
@@ -245,6 +239,22 @@ def check_name(kind: str, name: str) -> str:
     if not _NAME.fullmatch(name) or name == BLEND:
         raise Refusal(f"{kind} name {name!r} is not usable; use letters, digits, - and _")
     return name
+
+
+def model_name(file: str, taken: Iterable[str]) -> str:
+    """A name for a model file: its stem, in letters that a name may have, and not `taken`.
+
+    'models/My Mix v1.0 (fp16).safetensors' -> 'My_Mix_v1.0_(fp16)'
+    """
+    used = {BLEND, *taken}
+    stem = re.sub(r"[^\w.+()-]", "_", Path(file.replace("\\", "/")).stem).lstrip(".+()-")
+    stem = stem or "model"
+    return next(n for n in chain((stem,), (f"{stem}-{i}" for i in count(2))) if n not in used)
+
+
+def model_fields(model: Model) -> Any:
+    """A model as a recipe writes it: its file's name, or a table where more is known."""
+    return model.file if model == Model(model.file) else msgspec.to_builtins(model)
 
 
 def _model(name: str, found: Any) -> Model:
@@ -300,7 +310,9 @@ def _inputs(where: str, method: Method, found: dict[str, Any]) -> tuple[str, ...
                 raise Refusal(f"{where} ({method.name}) has no {field}; it takes {wanted}")
             if any(later in found for later in method.inputs[i + 1 :]):
                 raise Refusal(f"{where} ({method.name}) gives a later model but no {field}")
-            break
+            if method.variadic:
+                given.append("")
+            continue
         if not isinstance(value, str):
             raise Refusal(f"{where}.{field} = {value!r} is not the name of a model or step")
         given.append(value)
@@ -350,7 +362,7 @@ def _check_references(recipe: Recipe) -> None:
     if recipe.final not in known:
         raise unknown("output.from", recipe.final, known)
     for name, step in recipe.steps.items():
-        for used in step.inputs:
+        for used in recipe.uses(name):
             if used not in known:
                 raise unknown(f"model or step in steps.{name}", used, known)
     state: dict[str, str] = {}
@@ -404,3 +416,36 @@ def _opened(weight: Any) -> dict[str, Any]:
     if isinstance(weight, (int, float)):
         return {"base": weight, "default": weight, "blocks": {}}
     return {"blocks": weight}
+
+
+# --- TOML ---------------------------------------------------------------------------------------
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The recipe as TOML for people; `from_toml` reads it back to an equal one."""
+    found = to_dict(recipe)
+    tables: list[tuple[str, dict[str, Any]]] = [("models", found["models"])]
+    tables += [(f"steps.{_toml_key(name)}", step) for name, step in found["steps"].items()]
+    tables.append(("output", found["output"]))
+    return "\n".join("\n".join([f"[{name}]", *_toml_lines(fields)]) for name, fields in tables)
+
+
+def _toml_lines(fields: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in fields.items():
+        yield f"{_toml_key(name)} = {_toml_value(value)}"
+    yield ""
+
+
+def _toml_key(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _toml_value(name)
+
+
+def _toml_value(value: Any) -> str:
+    """A value on one line. JSON's spelling is TOML's for all but tables and unprintable letters."""
+    if isinstance(value, dict):
+        inner = ", ".join(f"{_toml_key(k)} = {_toml_value(v)}" for k, v in value.items())
+        return f"{{ {inner} }}" if inner else "{}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    text = json.dumps(value, ensure_ascii=False)
+    return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in text)

@@ -13,6 +13,7 @@ from plymix import plan as planning
 from plymix import recipe as recipes
 from plymix.engine import ProgressCallback
 from plymix.errors import Refusal
+from plymix.expression import Expression
 from plymix.formats import Source, open_model
 from plymix.plan import Plan
 from plymix.recipe import Recipe
@@ -33,12 +34,12 @@ class Session:
     What `write` makes is byte-equal to a full merge of the changed recipe.
     """
 
-    def __init__(self, recipe: Recipe, *, folders: Folders = ()) -> None:
+    def __init__(self, recipe: Recipe | Expression, *, folders: Folders = ()) -> None:
         self._folders = folders
         self._open: dict[Path, Source] = {}
         self._written: tuple[Path, tuple[int, int], Plan] | None = None
         self.changed: tuple[str, ...] = ()
-        self.plan = self._build(recipe)
+        self.plan = self._build(recipe.recipe() if isinstance(recipe, Expression) else recipe)
 
     @property
     def recipe(self) -> Recipe:

@@ -113,6 +113,7 @@ def app(name: str, prog: str = "") -> App:
         result_action="return_value",
         exit_on_error=False,
         print_error=False,
+        suppress_keyboard_interrupt=False,
     )
     made["--help"].show = False
     made.default(command)
