@@ -212,9 +212,7 @@ def merge(
         return run(plan, path, threads=threads, device=device, progress=progress)
 
 
-def _plan(
-    a: PathLike | Recipe | Expression, b: PathLike | None, options: dict[str, Any]
-) -> Plan:
+def _plan(a: PathLike | Recipe | Expression, b: PathLike | None, options: dict[str, Any]) -> Plan:
     folders: Sequence[str] = options.pop("models", ())
     strict: bool = options.pop("strict", False)
     if isinstance(a, Expression):

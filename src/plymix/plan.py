@@ -247,6 +247,11 @@ class _Planner:
         }
         for settings in self.settings.values():
             self.notes += settings.notes
+        if recipe.final in self.settings and self.settings[recipe.final].method.delta:
+            raise Refusal(
+                f"steps.{recipe.final} ({recipe.steps[recipe.final].method}) gives a difference,"
+                ' not a model: add it to one in another step (method = "sum")'
+            )
         self.swaps = self._component_swaps()
         self.followed = {archs.ema_key(key): key for key in self.base.tensors}
         self.adjusted = _Adjustment(recipe.output.adjust, self.arch)

@@ -49,7 +49,8 @@ class Step(msgspec.Struct, frozen=True):
     """One method applied to named models or steps.
 
     `inputs` are the names given to the method's tensors in order: first its named ones (`a`, `b`,
-    `base`), then `models`; "" stands for an optional one left out before others. `params` are as written; `plan` resolves them for each block.
+    `base`), then `models`; "" stands for an optional one left out before others. `params` are as
+    written; `plan` resolves them for each block.
     """
 
     method: str
@@ -361,7 +362,7 @@ def _check_references(recipe: Recipe) -> None:
     known = [*recipe.models, *recipe.steps]
     if recipe.final not in known:
         raise unknown("output.from", recipe.final, known)
-    for name, step in recipe.steps.items():
+    for name in recipe.steps:
         for used in recipe.uses(name):
             if used not in known:
                 raise unknown(f"model or step in steps.{name}", used, known)
