@@ -764,7 +764,7 @@ def _same_file(source: Source, path: Path) -> bool:
 
 
 class _Late:
-    """Values computed by threads of their own while the merge runs."""
+    """Values computed by two threads of their own while the merge runs."""
 
     def __init__(
         self,
@@ -774,23 +774,32 @@ class _Late:
         self.found: dict[str, str] = {}
         self.error: BaseException | None = None
         self._stopped = stopped
+        self._total = len(late)
+        work = iter(late.items())
+        lock = threading.Lock()
+
+        def loop() -> None:
+            try:
+                while True:
+                    with lock:
+                        entry = next(work, None)
+                    if entry is None:
+                        return
+                    self.found[entry[0]] = entry[1](self._stopped)
+            except BaseException as e:
+                self.error = e
+
         self._threads = [
-            threading.Thread(target=self._one, args=entry, daemon=True) for entry in late.items()
+            threading.Thread(target=loop, daemon=True) for _ in range(min(2, len(late)))
         ]
         for thread in self._threads:
             thread.start()
 
-    def _one(self, name: str, compute: Callable[[Callable[[], bool]], str]) -> None:
-        try:
-            self.found[name] = compute(self._stopped)
-        except BaseException as e:
-            self.error = e
-
     def wait(self, progress: ProgressCallback | None, began: float) -> dict[str, str]:
-        total = len(self._threads)
-        while alive := sum(t.is_alive() for t in self._threads):
-            next(t for t in self._threads if t.is_alive()).join(0.1)
-            now = Progress("hashing the inputs", total - alive, total, time.monotonic() - began)
+        while alive := [t for t in self._threads if t.is_alive()]:
+            alive[0].join(0.1)
+            seconds = time.monotonic() - began
+            now = Progress("hashing the inputs", len(self.found), self._total, seconds)
             if progress is not None and progress(now) is False:
                 raise Cancelled("stopped; nothing was written")
         if self.error is not None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from plymix.errors import Cancelled
 
-CHUNK = 1 << 20
+CHUNK = 1 << 18
 _lock = threading.Lock()
 
 
