@@ -253,15 +253,19 @@ def _scanned(
     """Every float tensor but position ids with its scan, in the file's order."""
     infos = [i for i in source.tensors.values() if i.is_float and i.numel and not _is_ids(i.name)]
     scanner = _Scanner(source, target)
-    total, done, began = sum(i.nbytes for i in infos), 0, time.monotonic()
+    total, done = sum(i.nbytes for i in infos), 0
+    began = told = time.monotonic()
     scans: dict[TensorInfo, Scan] = {}
     with ThreadPoolExecutor(available_cpus()) as pool:
         try:
             for info, result in zip(infos, pool.map(scanner, infos), strict=True):
                 scans[info] = result
                 done += info.nbytes
-                now = Progress("checking", done, total, time.monotonic() - began)
-                if progress is not None and progress(now) is False:
+                now = time.monotonic()
+                if progress is None or (now - told < 0.1 and done < total):
+                    continue
+                told = now
+                if progress(Progress("checking", done, total, now - began)) is False:
                     raise Cancelled("stopped before the whole file was checked")
         except BaseException:
             scanner.stop = True
