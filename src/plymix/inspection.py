@@ -248,7 +248,7 @@ def _tied(infos: Iterable[TensorInfo]) -> int:
 
 
 def _prediction(source: Source, detection: Detection) -> Prediction:
-    kind = Input(0, "", source, detection, {}, {}).prediction
+    kind = Input(0, "", source.path.name, source, detection, {}, {}).prediction
     if not kind:
         return Prediction("", "unknown")
     if any(word in source.tensors for word in archs.markers(source.tensors) if word != "ztsnr"):

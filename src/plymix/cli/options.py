@@ -1,0 +1,115 @@
+"""Command line options that several commands share, each written once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from plymix.errors import Refusal
+
+Dtype = Literal["keep", "fp32", "fp16", "bf16"]
+Device = Literal["cpu", "cuda"]
+
+
+def option(help: str, *names: str, default: bool = True, metavar: str | None = None) -> Parameter:
+    """An option with its help line; `default=False` keeps a default that says nothing out of it."""
+    return Parameter(
+        name=list(names) or None, help=help, show_default=default, metavar=metavar, negative=()
+    )
+
+
+def argument(help: str) -> Parameter:
+    """A positional argument with its help line."""
+    return Parameter(help=help, show_default=False)
+
+
+def weight(help: str, *names: str, metavar: str, default: bool = True) -> Parameter:
+    """An option whose value may begin with a minus: -0.2 or -0.2,0.3,..."""
+    return Parameter(
+        name=list(names) or None,
+        help=help,
+        metavar=metavar,
+        show_default=default,
+        allow_leading_hyphen=True,
+    )
+
+
+Json = Annotated[bool, option("Print one JSON document instead.", default=False)]
+Force = Annotated[bool, option("Replace an existing output file.", default=False)]
+Strict = Annotated[
+    bool, option("Refuse keys that some models have and others lack.", default=False)
+]
+Threads = Annotated[int, option("Worker threads; 0 is one per processor.", metavar="N")]
+OnDevice = Annotated[Device, option("Where to compute; cuda needs torch.")]
+Output = Annotated[
+    str,
+    option("The result: .safetensors or .ckpt.", "--output", "-o", default=False, metavar="FILE"),
+]
+Folders = Annotated[
+    tuple[str, ...],
+    option("A folder to look for model files in; repeatable.", default=False, metavar="DIR"),
+]
+Settings = Annotated[
+    tuple[str, ...],
+    option(
+        "Change one value: --set steps.mix.alpha.base=0.3; repeatable.",
+        "--set",
+        default=False,
+        metavar="PATH=VALUE",
+    ),
+]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Merge:
+    """What a merge of two models may say; `merge` and `explain` take the same."""
+
+    alpha: Annotated[
+        str,
+        weight("The share of B: number, preset, or list of block weights.", metavar="SPEC"),
+    ] = "0.5"
+    base: Annotated[
+        float | None,
+        weight(
+            "The text encoder's share of B, where alpha has no BASE value.",
+            metavar="F",
+            default=False,
+        ),
+    ] = None
+    method: Annotated[
+        str, option("weighted_sum: A(1-alpha) + B alpha; add_difference: A + alpha(B-C).")
+    ] = "weighted_sum"
+    c: Annotated[
+        str | None, option("The third model, of add_difference.", metavar="C", default=False)
+    ] = None
+    vae: Annotated[
+        str, option("Whose VAE: a, b, c, blend or a file.", metavar="a|b|c|blend|FILE")
+    ] = "a"
+    dtype: Annotated[Dtype, option("Number format of the result.")] = "keep"
+    ema: Annotated[
+        Literal["drop", "keep", "use"],
+        option("EMA weights: leave out, copy A's, or merge them in place of the others."),
+    ] = "drop"
+    union: Annotated[bool, option("Add keys that only B has.", default=False)] = False
+    strict: Strict = False
+    arch: Annotated[
+        Literal["any"] | None,
+        option("any: merge key by key, whatever the models are.", default=False),
+    ] = None
+    allow_mixed_prediction: Annotated[
+        bool, option("Merge an epsilon with a v-prediction model.", default=False)
+    ] = False
+
+    def recipe_options(self) -> dict[str, Any]:
+        """The arguments of `plymix.api.two_models`."""
+        said = {k: v for k, v in self.__dict__.items() if k != "strict"}
+        return {**said, "arch": self.arch or ""}
+
+
+def checked_threads(threads: int) -> int:
+    if threads < 0:
+        raise Refusal(f"--threads {threads} is less than 0; 0 means one per processor")
+    return threads

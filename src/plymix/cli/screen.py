@@ -1,0 +1,227 @@
+"""What is written to the terminal, and how: any encoding, any width, any file name.
+
+Text lines need no more than this file; rich is imported for tables alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from plymix.engine import Progress
+
+ASCII = str.maketrans(
+    {"×": "x", "α": "alpha", "β": "beta", "…": "~", "█": "#", "░": ".", "–": "-", "±": "+-"}
+    | dict.fromkeys("▏▎▍▌▋▊▉", "")
+)
+"""What stands for plymix's own signs on a terminal that lacks them."""
+
+EIGHTHS = ("", *"▏▎▍▌▋▊▉")
+WIDE = 100
+"""Columns where there is no terminal to ask, and the most that tables use."""
+
+
+def prepare() -> None:
+    """Make both streams take any text: what they cannot encode is written as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def plain(text: str) -> str:
+    """`text` with what could move the cursor or break the encoding written as escapes."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        c
+        if c.isprintable() or c in "\n\u00a0\u3000"
+        else c.encode("unicode_escape", "surrogatepass").decode()
+        for c in text
+    )
+
+
+def encodable(text: str, stream: TextIO) -> bool:
+    try:
+        text.encode(getattr(stream, "encoding", None) or "utf-8")
+    except (UnicodeError, LookupError):
+        return False
+    return True
+
+
+def fit(text: str, stream: TextIO) -> str:
+    """`text` as `stream` can show it."""
+    text = plain(text)
+    return text if encodable(text, stream) else text.translate(ASCII)
+
+
+def put(text: str, stream: TextIO | None = None) -> None:
+    """Write a line, by default to stdout."""
+    stream = stream or sys.stdout
+    stream.write(fit(text, stream) + "\n")
+
+
+def put_json(document: Any) -> None:
+    """The one document of `--json`, in ASCII."""
+    put(json.dumps(document, indent=2))
+
+
+def note(text: str) -> None:
+    put(f"note: {text}", sys.stderr)
+
+
+def error(text: str) -> None:
+    """An error's text, of which no more than two lines are its own."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["failed"]
+    put("\n".join(["plymix: " + lines[0], *lines[1:2]]), sys.stderr)
+
+
+def width() -> int:
+    """Columns that tables may use."""
+    if not sys.stdout.isatty() and not os.environ.get("COLUMNS"):
+        return WIDE
+    return max(40, min(WIDE, shutil.get_terminal_size().columns))
+
+
+def bar(share: float, cells: int, *, rest: str = "░") -> str:
+    """`share` (0..1, clamped) of `cells`, to an eighth of a cell: '█████▌░░░░'."""
+    blocks = bool(encodable("█▌░", sys.stdout))
+    filled = min(max(share, 0.0), 1.0) * cells
+    whole, eighth = divmod(round(filled * 8), 8) if blocks else (round(filled), 0)
+    text = "█" * whole + EIGHTHS[eighth]
+    return fit(text + rest * (cells - len(text)), sys.stdout)
+
+
+def percent(share: float) -> str:
+    """0.9166666667 -> '91.67 %', 1 -> '100 %'."""
+    return f"{round(100 * share, 2) + 0.0:g} %"
+
+
+def shortened(name: str, cells: int) -> str:
+    """A name in so many columns, its middle left out where it is longer."""
+    from rich.cells import cell_len, set_cell_size
+
+    name = fit(name, sys.stdout).replace("\n", "\\n")
+    if cell_len(name) <= cells:
+        return name
+    tail = name[-max(1, cells // 2 - 1) :]
+    while tail and cell_len(tail) > cells // 2:
+        tail = tail[1:]
+    gap = fit("…", sys.stdout)
+    head = set_cell_size(name, max(0, cells - 1 - cell_len(tail)))
+    return f"{head}{gap}{tail}"
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, wrap: int = -1) -> None:
+    """A table of plain text; a heading that begins with '>' is right-aligned.
+
+    The column number `wrap` takes what is left of the width and folds.
+    """
+    made = grid()
+    for i, column in enumerate(columns):
+        made.add_column(
+            column.lstrip(">"),
+            justify="right" if column.startswith(">") else "left",
+            overflow="fold",
+            no_wrap=i != wrap % len(columns),
+        )
+    for row in rows:
+        made.add_row(*(cell(text) for text in row))
+    draw(made)
+
+
+def grid() -> Table:
+    from rich.table import Table
+
+    return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+
+
+def cell(text: str, style: str = "") -> Any:
+    """A cell that shows `text` as it is: no markup, no line breaks of its own."""
+    from rich.text import Text
+
+    return Text(fit(text, sys.stdout).replace("\n", "\\n"), style=style)
+
+
+def draw(made: Table) -> None:
+    from rich.console import Console
+
+    console = Console(file=sys.stdout, width=width(), markup=False, emoji=False, highlight=False)
+    with console.capture() as drawn:
+        console.print(made)
+    for line in drawn.get().splitlines():
+        sys.stdout.write(line.rstrip() + "\n")
+
+
+# --- progress -----------------------------------------------------------------------------------
+
+PATIENCE = 0.5
+"""Seconds before a progress line appears."""
+
+EVERY = {True: 0.1, False: 10.0}
+"""Seconds between two lines, on a terminal and elsewhere."""
+
+COUNTED = ("hashing the inputs",)
+"""Phases that count things rather than bytes."""
+
+
+class ProgressLine:
+    """A progress callback: one line on stderr, redrawn in place and gone when the work is done.
+
+    Where stderr is no terminal, a line now and then. No thread, no memory to speak of.
+    """
+
+    def __init__(self) -> None:
+        self._live = sys.stderr.isatty()
+        self._shown = 0
+        self._last = 0.0 if self._live else PATIENCE
+
+    def __call__(self, now: Progress) -> None:
+        if now.seconds < max(PATIENCE, self._last + EVERY[self._live]):
+            return
+        self._last = now.seconds
+        text = fit(describe(now), sys.stderr)
+        if self._live:
+            room = max(20, shutil.get_terminal_size().columns - 1)
+            self._write(text[:room])
+        else:
+            put(text, sys.stderr)
+
+    def _write(self, text: str) -> None:
+        sys.stderr.write("\r" + text.ljust(self._shown))
+        sys.stderr.flush()
+        self._shown = len(text)
+
+    def __enter__(self) -> ProgressLine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._shown:
+            self._write("")
+            sys.stderr.write("\r")
+            sys.stderr.flush()
+
+
+def describe(now: Progress) -> str:
+    """'merging  45 %  0.96 of 2.13 GB, 1.2 GB/s, 1 s left'"""
+    from plymix.api import size
+
+    if now.phase in COUNTED:
+        return f"{now.phase}: {now.done} of {now.total}"
+    share = now.done / now.total if now.total else 1.0
+    text = f"{now.phase} {share:4.0%} of {size(now.total)}"
+    if now.done and now.seconds:
+        speed = now.done / now.seconds
+        text += f", {size(speed)}/s, {_duration((now.total - now.done) / speed)} left"
+    return text
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"

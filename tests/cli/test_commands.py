@@ -1,0 +1,681 @@
+"""The commands in process: what they make, what they show, what they refuse."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tiny
+from plymix import errors
+from plymix import recipe as recipes
+from plymix.cli import COMMANDS, app, overview, run
+from plymix.cli.merging import default_name, rest
+from plymix.cli.recipes import to_toml
+
+GRAD_V = [abs(1 - 2 * i / 24) for i in range(25)]
+CLASSIC = (
+    "1,0.9166666667,0.8333333333,0.75,0.6666666667,0.5833333333,0.5,0.4166666667,0.3333333333,"
+    "0.25,0.1666666667,0.0833333333,0,0.0833333333,0.1666666667,0.25,0.3333333333,0.4166666667,"
+    "0.5,0.5833333333,0.6666666667,0.75,0.8333333333,0.9166666667,1.0"
+)
+BLOCKS = [*(f"IN{i:02}" for i in range(12)), "M00", *(f"OUT{i:02}" for i in range(12))]
+
+
+@dataclass
+class Ran:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+    @property
+    def last(self) -> str:
+        return self.out.splitlines()[-1]
+
+    @property
+    def notes(self) -> list[str]:
+        return [x for x in self.err.splitlines() if x.startswith("note: ")]
+
+
+@contextmanager
+def streams(encoding: str) -> Iterator[tuple[io.BytesIO, io.BytesIO]]:
+    kept = sys.stdout, sys.stderr
+    raw = io.BytesIO(), io.BytesIO()
+    sys.stdout, sys.stderr = (io.TextIOWrapper(r, encoding=encoding) for r in raw)
+    try:
+        yield raw
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.detach()  # flushes; `raw` stays open
+        sys.stdout, sys.stderr = kept
+
+
+def plymix(*words: object, encoding: str = "utf-8") -> Ran:
+    with streams(encoding) as (out, err):
+        code = run([str(w) for w in words])
+    return Ran(code, out.getvalue().decode(encoding), err.getvalue().decode(encoding))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for i, name in enumerate("abc"):
+        tiny.write(folder / f"{name}.safetensors", "sd1", seed=i, dtype="F32")
+    for i, name in enumerate("ab"):
+        tiny.write(folder / f"xl-{name}.safetensors", "sdxl", seed=i)
+    return folder
+
+
+@pytest.fixture
+def here(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder, with `a.safetensors` and so on linked into it."""
+    for file in models.iterdir():
+        os.link(file, tmp_path / file.name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("PLYMIX_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def values(path: Path) -> dict[str, Any]:
+    header, state, _ = tiny.read_safetensors(path)
+    return {k: tiny.decode(v, header[k][0]) for k, v in state.items()}
+
+
+def mixed(a: Path, b: Path, arch: str, share_of_a: dict[str, float]) -> dict[str, Any]:
+    """w A + (1 - w) B in float64, w by the golden header's block; buffers and the rest A's."""
+    x, y = values(a), values(b)
+    found = {}
+    for key, (_, _, _, block) in tiny.golden(arch).items():
+        w = share_of_a.get(block)
+        if w is None or x[key].dtype.kind != "f":
+            found[key] = x[key]
+        else:
+            found[key] = w * x[key].astype(np.float64) + (1 - w) * y[key].astype(np.float64)
+    return found
+
+
+def same(found: dict[str, Any], expected: dict[str, Any], tolerance: float) -> None:
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        np.testing.assert_allclose(found[key], value, rtol=tolerance, atol=1e-9, err_msg=key)
+
+
+# --- mbw ----------------------------------------------------------------------------------------
+
+
+def test_mbw_is_the_classic_command(here: Path) -> None:
+    ran = plymix(
+        "mbw", "a.safetensors", "b.safetensors", "--base_alpha", "1.0", "--weights", CLASSIC,
+        "--output", "out.safetensors",
+    )  # fmt: skip
+    assert (ran.code, ran.err) == (0, "")
+    weights = [float(w) for w in CLASSIC.split(",")]
+    shares = dict(zip(BLOCKS, weights, strict=True)) | {"BASE": 1.0, "VAE": 1.0}
+    expected = mixed(here / "a.safetensors", here / "b.safetensors", "sd1", shares)
+    same(values(here / "out.safetensors"), expected, 2e-7)
+    assert ran.last.startswith(
+        "out.safetensors = w × a.safetensors + (1 - w) × b.safetensors, w = 25 weights"
+        " (0 % to 100 %) in the U-Net; text encoder and VAE 100 % a.safetensors ["
+    )
+
+
+def test_a_preset_is_the_share_of_model_1(here: Path) -> None:
+    words = ("mbw", "a.safetensors", "b.safetensors", "--weights", "grad_v", "--base-alpha=0.25")
+    ran = plymix(*words, "-o", "out.safetensors", "--json")
+    assert ran.code == 0
+    assert ran.json["share_of_model_1"]["BASE"] == 0.25
+    found = [ran.json["share_of_model_1"][b] for b in BLOCKS]
+    np.testing.assert_allclose(found, GRAD_V, atol=1e-6)
+    shares = dict(zip(BLOCKS, found, strict=True)) | {"BASE": 0.25, "VAE": 0.25}
+    expected = mixed(here / "a.safetensors", here / "b.safetensors", "sd1", shares)
+    same(values(here / "out.safetensors"), expected, 2e-7)
+
+
+@pytest.mark.parametrize(("words", "share"), [((), 0.5), (("--base_alpha", "0.2"), 0.2)])
+def test_without_weights_mbw_is_a_plain_merge(here: Path, words: tuple[str], share: float) -> None:
+    ran = plymix("mbw", "a.safetensors", "b.safetensors", *words)
+    shares = dict.fromkeys((*BLOCKS, "BASE", "VAE"), share)
+    expected = mixed(here / "a.safetensors", here / "b.safetensors", "sd1", shares)
+    same(values(here / "a-b-mbw.safetensors"), expected, 2e-7)
+    percent = f"{100 * share:g} % a.safetensors + {100 - 100 * share:g} % b.safetensors"
+    assert ran.last.startswith(f"a-b-mbw.safetensors = {percent} [")
+
+
+def test_weights_outside_0_to_1_extrapolate(here: Path) -> None:
+    weights = ["-0.2", *["1.5"] * 24]
+    ran = plymix("mbw", "a.safetensors", "b.safetensors", "--weights", ",".join(weights))
+    assert ran.code == 0, ran.err
+    shares = dict(zip(BLOCKS, map(float, weights), strict=True)) | {"BASE": 0.5, "VAE": 0.5}
+    expected = mixed(here / "a.safetensors", here / "b.safetensors", "sd1", shares)
+    same(values(here / "a-b-mbw.safetensors"), expected, 1e-6)
+
+
+def test_sdxl_takes_19_weights(here: Path) -> None:
+    words = ("mbw", "xl-a.safetensors", "xl-b.safetensors", "--weights")
+    ran = plymix(*words, ",".join(["0.25"] * 9 + ["1"] + ["0"] * 9), "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["share_of_model_1"] == {
+        "BASE": 0.5,
+        **{f"IN{i:02}": 0.25 for i in range(9)},
+        "M00": 1.0,
+        **{f"OUT{i:02}": 0.0 for i in range(9)},
+    }
+    refused = plymix(*words, CLASSIC, "-o", "other.safetensors")
+    assert refused.code == 2
+    assert "25 numbers given; SDXL wants 19: IN00-IN08, M00, OUT00-OUT08" in refused.err
+
+
+def test_a_preset_with_a_base_value_says_so(here: Path) -> None:
+    words = ("mbw", "xl-a.safetensors", "xl-b.safetensors", "--weights", "SDXL_GRAD_V", "--force")
+    ran = plymix(*words, "--json")
+    assert ran.json["share_of_model_1"]["BASE"] == 0.0
+    assert "note: text encoder and VAE take the BASE value, 0" in ran.notes
+    assert plymix(*words, "--json", "--base_alpha", "1").json["share_of_model_1"]["BASE"] == 1.0
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100])
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_verbose_shows_every_block(
+    here: Path, monkeypatch: pytest.MonkeyPatch, columns: int, encoding: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    ran = plymix(
+        "mbw", "a.safetensors", "b.safetensors", "--base_alpha", "0.7", "--weights", CLASSIC,
+        "--verbose", encoding=encoding,
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    lines = ran.out.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("block"))
+    assert lines[head].split()[1:3] == ["a.safetensors", "b.safetensors"]
+    table = [line.split() for line in lines[head + 1 : -1]]
+    weights = dict(zip(BLOCKS, map(float, CLASSIC.split(",")), strict=True))
+    weights |= {"BASE": 0.7, "VAE": 0.7, "BUFFER": 1.0}
+    assert [row[0] for row in table] == list(weights)
+    full, empty = ("█", "░") if encoding == "utf-8" else ("#", ".")
+    for (name, first, _, drawn, second, *_), line in zip(table, lines[head + 1 :], strict=False):
+        w = weights[name]
+        assert float(first) == pytest.approx(100 * w, abs=0.0051)
+        assert float(second) == pytest.approx(100 - 100 * w, abs=0.0051)
+        assert abs(drawn.count(full) - w * len(drawn)) <= 1
+        assert (empty in drawn) == (w < 1)
+        assert len(line) <= columns
+
+
+def test_default_names_are_tame() -> None:
+    assert default_name("x/one [v1] two.ckpt", "b.safetensors") == ("one_v1_two-b-mbw.safetensors")
+    assert len(default_name("あ" * 300 + ".ckpt", "b" * 300).encode()) < 256
+
+
+@given(st.integers(-(10**6), 10**6))
+def test_the_rest_keeps_its_decimals(n: int) -> None:
+    assert rest(n / 1000) == (1000 - n) / 1000
+
+
+# --- merge and explain --------------------------------------------------------------------------
+
+
+def test_merge_takes_the_share_of_the_second_model(here: Path) -> None:
+    ran = plymix(
+        "merge", "a.safetensors", "b.safetensors", "-o", "out.safetensors",
+        "--alpha", "-0.2", "--base", "0.3",
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    shares = dict.fromkeys(BLOCKS, 1.2) | {"BASE": 0.7}  # no VAE: A's
+    expected = mixed(here / "a.safetensors", here / "b.safetensors", "sd1", shares)
+    same(values(here / "out.safetensors"), expected, 1e-6)
+    assert ran.last.startswith("out.safetensors = ")
+    assert ran.last.endswith("unmatched]")
+
+
+@pytest.mark.parametrize("spelling", ["=", " "])
+def test_a_list_may_begin_with_a_minus(here: Path, spelling: str) -> None:
+    spec = ",".join(["-0.5", *["0.25"] * 24])
+    alpha = [f"--alpha={spec}"] if spelling == "=" else ["--alpha", spec]
+    ran = plymix("explain", "a.safetensors", "b.safetensors", *alpha, "--json")
+    assert ran.code == 0, ran.err
+    shares = {b["block"]: b["shares"] for b in ran.json["blocks"]}
+    assert shares["IN00"] == {"a.safetensors": 1.5, "b.safetensors": -0.5}
+    assert shares["M00"] == {"a.safetensors": 0.75, "b.safetensors": 0.25}
+    assert shares["VAE"] == {"a.safetensors": 1.0}
+
+
+def test_add_difference_shows_three_files(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("a.safetensors", "b.safetensors", "--method", "add_difference", "--alpha", "0.5")
+    refused = plymix("merge", *words, "-o", "out.safetensors")
+    assert (refused.code, "--c" in refused.err) == (2, True)
+    monkeypatch.setenv("COLUMNS", "100")
+    ran = plymix("explain", *words, "--c", "c.safetensors")
+    row = next(line for line in ran.out.splitlines() if line.startswith("IN05"))
+    made_of = "100 % a.safetensors + 50 % b.safetensors - 50 % c.safetensors"
+    assert row.split()[3:] == made_of.split()
+
+
+def test_explain_counts_every_tensor(here: Path) -> None:
+    ran = plymix("explain", "a.safetensors", "b.safetensors", "--alpha", "0.5", "--json")
+    golden = tiny.golden("sd1")
+    floats = [k for k, (d, *_) in golden.items() if d != "I64"]
+    mixed_keys = [k for k in floats if golden[k][3] in (*BLOCKS, "BASE")]
+    assert ran.json["merged"] == len(mixed_keys)
+    assert ran.json["merged"] + ran.json["copied"] == len(golden)
+    assert sum(b["tensors"] for b in ran.json["blocks"]) == len(golden)
+    assert sorted(p.name for p in here.iterdir()) == sorted(
+        [*(f"{n}.safetensors" for n in ("a", "b", "c", "xl-a", "xl-b"))]
+    )
+
+
+def test_dry_run_writes_nothing_and_equals_explain(here: Path) -> None:
+    words = ("a.safetensors", "b.safetensors", "--alpha", "GRAD_V")
+    dry = plymix("merge", *words, "-o", "out.safetensors", "--dry-run")
+    assert dry.out == plymix("explain", *words).out
+    assert "nothing was written" in dry.last
+    assert not (here / "out.safetensors").exists()
+
+
+def test_keys_without_a_partner_are_named(here: Path) -> None:
+    header, state, _ = tiny.read_safetensors(here / "b.safetensors")
+    gone = "model.diffusion_model.middle_block.0.in_layers.0.weight"
+    extra = "model.diffusion_model.middle_block.0.in_layers.9.weight"
+    header[extra], state[extra] = header.pop(gone), state.pop(gone)
+    tiny.write_safetensors(here / "odd.safetensors", header, state)
+    words = ("a.safetensors", "odd.safetensors", "-o", "out.safetensors")
+    ran = plymix("merge", *words)
+    assert ran.code == 0
+    assert any(gone in text for text in ran.notes)
+    assert any(extra in text and "odd.safetensors" in text for text in ran.notes)
+    strict = plymix("merge", *words, "--strict", "--force")
+    assert (strict.code, "--strict" in strict.err) == (2, True)
+
+
+def test_ema_is_left_out_and_said_so(here: Path) -> None:
+    tiny.write(here / "ema.safetensors", "sd1", dtype="F16", ema=True)
+    ran = plymix("merge", "ema.safetensors", "b.safetensors", "-o", "out.safetensors")
+    assert ran.code == 0
+    assert any("EMA tensors left out" in text for text in ran.notes)
+
+
+# --- recipes ------------------------------------------------------------------------------------
+
+RECIPE = """
+# two models and a third one's difference
+[models]
+one = "a.safetensors"
+two = "b.safetensors"
+three = "c.safetensors"
+
+[steps.mix]
+method = "weighted_sum"
+a = "one"
+b = "two"
+alpha = { base = 0.0, blocks = "GRAD_V" }
+
+[steps.final]
+method = "add_difference"
+a = "mix"
+b = "three"
+c = "two"
+alpha = 0.5
+
+[output]
+file = "final.safetensors"
+"""
+
+
+def test_run_looks_beside_the_recipe_and_in_models(
+    here: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "recipe.toml").write_text(RECIPE)
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    ran = plymix("run", here / "recipe.toml")
+    assert ran.code == 0, ran.err
+    w = dict(zip(BLOCKS, GRAD_V, strict=True)) | {"BASE": 0.0}
+    x, y, z = (values(here / f"{n}.safetensors") for n in "abc")
+    found = values(Path("final.safetensors"))
+    for key, (_, _, _, block) in tiny.golden("sd1").items():
+        if block in w:
+            a, b, c = (v[key].astype(np.float64) for v in (x, y, z))
+            if x[key].dtype.kind == "f":
+                expected = (1 - w[block]) * a + w[block] * b + 0.5 * (c - b)
+                np.testing.assert_allclose(found[key], expected, rtol=1e-5, atol=1e-6)
+    (here / "recipe.toml").rename("recipe.toml")
+    again = plymix("run", "recipe.toml", "--models", here, "-o", "again.safetensors")
+    assert again.code == 0, again.err
+    assert Path("again.safetensors").read_bytes() == Path("final.safetensors").read_bytes()
+
+
+def test_set_changes_one_value(here: Path) -> None:
+    (here / "recipe.toml").write_text(RECIPE)
+    words = ("explain", "recipe.toml", "--json")
+    ran = plymix(*words, "--set", "steps.mix.alpha.base=0.25", "--set", "steps.final.alpha=0")
+    assert ran.code == 0, ran.err
+    base = next(b for b in ran.json["blocks"] if b["block"] == "BASE")
+    assert base["shares"] == {"a.safetensors": 0.75, "b.safetensors": 0.25}
+    assert "PATH=VALUE" in plymix(*words, "--set", "steps.mix").json["error"]
+    assert "alpha" in plymix(*words, "--set", "steps.mix.alpa=1").json["error"]
+
+
+def test_show_prints_a_recipe_that_runs(here: Path) -> None:
+    words = ("mbw", "a.safetensors", "b.safetensors", "--weights", CLASSIC)
+    assert plymix(*words, "-o", "one.safetensors").code == 0
+    shown = plymix("recipe", "show", "one.safetensors")
+    (here / "again.toml").write_text(shown.out)
+    assert plymix("run", "again.toml", "-o", "two.safetensors").code == 0
+    assert (here / "one.safetensors").read_bytes() == (here / "two.safetensors").read_bytes()
+    as_json = plymix("recipe", "show", "one.safetensors", "--json")
+    assert recipes.from_dict(as_json.json) == recipes.load(here / "again.toml")
+    none = plymix("recipe", "show", "a.safetensors")
+    assert (none.code, "carries no plymix recipe" in none.err) == (2, True)
+
+
+names = st.from_regex(r"[a-z][a-z0-9_. +-]{0,6}", fullmatch=True).filter(lambda n: n != "blend")
+files = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12)
+numbers = st.floats(-1e9, 1e9) | st.integers(-5, 5)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.dictionaries(names, files, min_size=2, max_size=4),
+    numbers | st.dictionaries(st.sampled_from(["base", "default"]), numbers, min_size=1),
+    files,
+)
+def test_toml_reads_back_as_the_same_recipe(models: dict[str, str], alpha: Any, title: str) -> None:
+    first, second, *_ = models
+    step = {"method": "weighted_sum", "a": first, "b": second, "alpha": alpha}
+    found = recipes.from_dict(
+        {"models": models, "steps": {"a mix": step}, "output": {"title": title}}
+    )
+    assert recipes.from_toml(to_toml(recipes.to_dict(found))) == found
+
+
+def test_replay_and_verify(here: Path) -> None:
+    words = ("merge", "a.safetensors", "b.safetensors", "--alpha", "GRAD_V", "--base", "0.3")
+    made = plymix(*words, "-o", "one.safetensors")
+    assert made.code == 0, made.err
+    ran = plymix("replay", "one.safetensors", "-o", "two.safetensors", "--models", here)
+    assert ran.code == 0, ran.err
+    assert (here / "one.safetensors").read_bytes() == (here / "two.safetensors").read_bytes()
+    assert plymix("verify", "two.safetensors", "--models", here).code == 0
+    raw = bytearray((here / "two.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (here / "two.safetensors").write_bytes(raw)
+    wrong = plymix("verify", "two.safetensors", "--models", here, "--json")
+    assert (wrong.code, wrong.json["ok"]) == (1, False)
+    (here / "b.safetensors").unlink()
+    gone = plymix("replay", "one.safetensors", "-o", "three.safetensors")
+    assert (gone.code, "b.safetensors" in gone.err) == (2, True)
+
+
+# --- looking ------------------------------------------------------------------------------------
+
+
+def test_inspect(here: Path) -> None:
+    one = plymix("inspect", "a.safetensors", "--json").json
+    assert (one["architecture"], one["total"]["tensors"]) == ("sd1", len(tiny.golden("sd1")))
+    both = plymix("inspect", "a.safetensors", "xl-a.safetensors", "--json").json
+    assert [r["architecture"] for r in both] == ["sd1", "sdxl"]
+    shown = plymix("inspect", "xl-a.safetensors", "--hashes")
+    assert shown.code == 0, shown.err
+    assert "SDXL checkpoint" in shown.out
+    assert "OpenCLIP-G text encoder" in shown.out
+    assert "sha256" in shown.out
+
+
+def test_check(here: Path) -> None:
+    well = plymix("check", "a.safetensors")
+    assert well.code == 0, well.out + well.err
+    header, state, _ = tiny.read_safetensors(here / "a.safetensors")
+    key = "model.diffusion_model.middle_block.0.in_layers.0.weight"
+    state[key] = state[key].copy()
+    state[key][0] = np.nan
+    tiny.write_safetensors(here / "nan.safetensors", header, state)
+    ill = plymix("check", "nan.safetensors")
+    assert ill.code == 1
+    assert key in ill.out
+    assert plymix("check", "nan.safetensors", "--json").json["ok"] is False
+    (here / "half.safetensors").write_bytes((here / "a.safetensors").read_bytes()[:-1000])
+    assert plymix("check", "half.safetensors").code == 1
+    assert plymix("check", "gone.safetensors").code == 2
+
+
+def test_presets() -> None:
+    every = plymix("presets", "--json").json
+    listed = plymix("presets").out
+    assert all(f"\n{p['name']} " in listed for p in every)
+    drawn = plymix("presets", "grad_v").out.splitlines()
+    rows = [line.split() for line in drawn[-25:]]
+    assert [row[0] for row in rows] == BLOCKS
+    np.testing.assert_allclose([float(row[1]) for row in rows], GRAD_V, atol=1e-6)
+    cells = [len(row[2]) if len(row) > 2 else 0 for row in rows]
+    assert all(abs(n - v * max(cells)) <= 1 for n, v in zip(cells, GRAD_V, strict=True))
+    wrong = plymix("presets", "GRADV")
+    assert (wrong.code, "GRAD_V" in wrong.err) == (2, True)
+
+
+def test_methods_come_from_the_registry() -> None:
+    from plymix.registry import methods
+
+    found = plymix("methods", "--json").json
+    assert [m["name"] for m in found] == list(methods())
+    listed = plymix("methods").out
+    assert all(m.label.split()[0] in listed for m in methods().values())
+    one = plymix("methods", "add_difference").out
+    assert "R = A + alpha (B - C)" in one
+    assert "parameter alpha: number, -inf..inf, default 1.0" in one
+    wrong = plymix("methods", "add_diference")
+    assert (wrong.code, "add_difference" in wrong.err) == (2, True)
+
+
+def test_every_method_has_an_example_that_is_a_recipe() -> None:
+    from plymix.cli.looking import example
+    from plymix.registry import methods
+
+    for method in methods().values():
+        text = "\n".join(example(method))
+        models = [*method.inputs, *(f"model{i}" for i in range(1, 9))]
+        table = "\n".join(f'{name} = "{name}.safetensors"' for name in models)
+        recipe = recipes.from_toml(f"[models]\n{table}\n{text}\n")
+        assert recipe.steps["mix"].method == method.name
+
+
+def test_archs() -> None:
+    found = {a["name"]: a for a in plymix("archs", "--json").json}
+    assert found["sd1"]["blocks"] == BLOCKS
+    assert sorted(found["sd1"]["lists"]) == ["25", "26"]
+    assert "19 blocks: IN00-IN08, M00, OUT00-OUT08" in plymix("archs", "sdxl").out
+    assert plymix("archs", "sdx").code == 2
+
+
+# --- errors -------------------------------------------------------------------------------------
+
+MBW = ("mbw", "a.safetensors", "b.safetensors")
+MERGE = ("merge", "a.safetensors", "b.safetensors", "-o", "out.safetensors")
+REFUSED: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
+    ((*MBW, "--weights", ",".join(["1"] * 24)), ("24 numbers", "25", "IN00-IN11")),
+    ((*MBW, "--weights", "nan" + ",1" * 24), ("--weights", "value 1 (IN00)", "nan")),
+    ((*MBW, "--weights", "1" * 1 + ",inf" + ",1" * 23), ("value 2 (IN01)", "inf")),
+    ((*MBW, "--weights", "x" + ",1" * 24), ("value 1 (IN00)", "'x'", "not a number")),
+    ((*MBW, "--weights", "1,," + ",".join(["1"] * 23)), ("value 2", "not a number")),
+    ((*MBW, "--weights", "0.5"), ("1 number", "25")),
+    ((*MBW, "--weights", ""), ("--weights is empty",)),
+    ((*MBW, "--weights", "GRADV"), ("unknown preset", "GRAD_V")),
+    ((*MBW, "--base_alpha", "nan"), ("--base_alpha is nan",)),
+    ((*MBW, "--base_alpha", "x"), ("--base_alpha", '"x"')),
+    ((*MBW, "--base_alfa", "1"), ("--base_alfa", "Did you mean --base_alpha")),
+    ((*MBW, "--weights", "1" + ",1" * 25, "--base_alpha", "0.5"), ("BASE is set to",)),
+    ((*MBW, "--output", "out.bin"), (".bin", ".safetensors or .ckpt")),
+    ((*MBW, "--output", "none/out.ckpt"), ("none does not exist",)),
+    ((*MBW, "--output", "a.safetensors"), ("exists", "--force")),
+    (("mbw", "a.safetensors"), ("MODEL_2", "--help")),
+    (("mbw", "a.safetensors", "gone.safetensors"), ("gone.safetensors does not exist",)),
+    (("mbw", "a.safetensors", "empty.ckpt"), ("empty.ckpt is empty",)),
+    (("mbw", "a.safetensors", "."), ("is a folder",)),
+    (("mbw", "a.safetensors", "garbage.ckpt"), ("garbage.ckpt is neither",)),
+    (("mbw", "a.safetensors", "huge.safetensors"), ("huge.safetensors",)),
+    (("mbw", "a.safetensors", "short.safetensors"), ("short.safetensors",)),
+    (("mbw", "xl-a.safetensors", "b.safetensors", "--weights", "GRAD_V"), ("SDXL", "SD1")),
+    (("merge", "a.safetensors", "b.safetensors"), ("-o out.safetensors",)),
+    ((*MERGE, "--alpha", "grad"), ("unknown preset", "'grad'", "GRAD_V")),
+    ((*MERGE, "--alpha", "1,2,3"), ("3 numbers", "25", "26 with BASE first")),
+    ((*MERGE, "--alpha", "nan"), ("nan", "finite")),
+    ((*MERGE, "--base", "0.2", "--alpha", "0.1" + ",1" * 25), ("BASE",)),
+    ((*MERGE, "--method", "weigted_sum"), ("weighted_sum",)),
+    ((*MERGE, "--dtype", "fp8"), ('"fp8"', "fp16")),
+    ((*MERGE, "--threads", "-1"), ("--threads -1",)),
+    ((*MERGE, "--vae", "gone.safetensors"), ("gone.safetensors does not exist",)),
+    ((*MERGE, "--treads", "3"), ("Did you mean --threads",)),
+    ((*MERGE, "c.safetensors"), ("c.safetensors", "--help")),
+    (("explain", "a.safetensors"), ("two models, or one recipe",)),
+    (("explain", "r.toml", "--alpha", "0.3"), ("--alpha", "recipe")),
+    (("run", "gone.toml"), ("gone.toml does not exist",)),
+    (("run", "r.toml", "--models", "nowhere"), ("--models nowhere is not a folder",)),
+    (("inspect",), ("name a model file",)),
+    (("inspect", "gone.safetensors"), ("does not exist",)),
+    (("doctor", "gone"), ("gone is not a folder",)),
+    (("mrge", "a", "b"), ("unknown command 'mrge'", "merge")),
+    (("recipe", "shw"), ("show",)),
+    (("--force", "mbw"), ("--force comes before a command",)),
+]
+
+
+@pytest.mark.parametrize(("words", "said"), REFUSED, ids=lambda w: " ".join(w)[:60])
+def test_errors_are_one_or_two_lines_and_exit_2(
+    here: Path, words: tuple[str, ...], said: tuple[str, ...]
+) -> None:
+    (here / "empty.ckpt").write_bytes(b"")
+    (here / "garbage.ckpt").write_bytes(b"\x00garbage" * 9)
+    (here / "huge.safetensors").write_bytes((1 << 60).to_bytes(8, "little") + b"{}")
+    (here / "short.safetensors").write_bytes((here / "a.safetensors").read_bytes()[:-7])
+    (here / "r.toml").write_text(RECIPE)
+    before = sorted(p.name for p in here.iterdir())
+    ran = plymix(*words)
+    assert ran.code == 2, ran.err
+    assert ran.err.startswith("plymix: ")
+    assert 1 <= len(ran.err.splitlines()) <= 2
+    assert "Traceback" not in ran.err
+    for text in said:
+        assert text in ran.err
+    assert ran.out == ""
+    assert sorted(p.name for p in here.iterdir() if p.name != "cache") == before
+
+
+@pytest.mark.parametrize("words", [(*MBW, "--weights", "nan"), (*MERGE, "--dtpe", "x"), MBW])
+def test_with_json_stdout_is_one_document(here: Path, words: tuple[str, ...]) -> None:
+    ran = plymix(*words, "--json")
+    if ran.code:
+        assert ran.json == {"error": ran.err.removeprefix("plymix: ").strip(), "exit_code": 2}
+    else:
+        assert ran.json["merged"] == 1130
+        assert set(ran.json) >= {"path", "formula", "nbytes", "seconds", "copied", "notes"}
+
+
+def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    from plymix import api
+
+    def run(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(api, "run", run)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "plymix: stopped; nothing was written\n"),
+        (errors.Cancelled("stopped; nothing was written"), 130, "stopped"),
+        (errors.Failure("disk full\nmore\nand more"), 1, "plymix: disk full\nmore\n"),
+        (PermissionError(13, "Permission denied", "x.ckpt"), 1, "Permission denied: x.ckpt\n"),
+        (MemoryError(), 1, "out of memory"),
+        (ZeroDivisionError("by nought"), 1, "internal error (ZeroDivisionError: by nought)"),
+        (BrokenPipeError(32, "Broken pipe"), 1, ""),
+    ],
+)
+def test_what_goes_wrong_ends_quietly(
+    here: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, said: str
+) -> None:
+    raising(monkeypatch, error)
+    ran = plymix(*MERGE)
+    assert ran.code == code
+    assert said in ran.err
+    assert "Traceback" not in ran.err
+    if not said:
+        assert ran.err == ""
+
+
+def test_debug_adds_the_traceback(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raising(monkeypatch, ZeroDivisionError("by nought"))
+    monkeypatch.setenv("PLYMIX_DEBUG", "1")
+    assert "Traceback (most recent call last)" in plymix(*MERGE).err
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252", "cp932"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "[a] [red]b[bold] c",
+        "日本語モデル",
+        pytest.param(
+            "x\udcffy", marks=pytest.mark.xfail(reason="metadata cannot hold such a name yet")
+        ),
+        "esc\x1b[31mred",
+        "é ü",
+    ],
+)
+def test_any_file_name_on_any_terminal(here: Path, name: str, encoding: str) -> None:
+    os.link("a.safetensors", f"{name}.safetensors")
+    for words in (
+        ("mbw", f"{name}.safetensors", "b.safetensors", "--verbose", "-o", "out.safetensors"),
+        ("explain", f"{name}.safetensors", "b.safetensors"),
+        ("explain", f"{name}.safetensors", "b.safetensors", "--json"),
+        ("mbw", f"{name}.safetensors", "gone.safetensors"),
+        ("mbw", "b.safetensors", f"{name}.gone"),
+    ):
+        ran = plymix(*words, encoding=encoding)
+        assert "internal error" not in ran.err, ran.err
+        assert "\x1b" not in ran.out + ran.err
+        if name.startswith("[") and not ran.code:
+            assert name in ran.out
+        if "--json" in words:
+            assert ran.json["blocks"][0]["tensors"]
+
+
+# --- help ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_says_what_the_table_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    ran = plymix(*name.split(), "--help")
+    assert (ran.code, ran.err) == (0, "")
+    summary = COMMANDS[name][1]
+    assert summary in ran.out
+    assert summary in (app(name).default_command.__doc__ or "")
+    assert "Example" in ran.out
+    assert f"{name:<11}  {summary}" in overview()
+    assert max(map(len, ran.out.splitlines())) <= 80
+
+
+def test_direction_is_stated_in_help() -> None:
+    assert "alpha is the share of the second" in plymix("merge", "--help").out
+    assert "numbers are the share of model 1" in plymix("mbw", "--help").out
+
+
+def test_version_and_overview() -> None:
+    from plymix import __version__
+
+    assert plymix("--version").out == f"plymix {__version__}\n"
+    assert plymix().out == plymix("--help").out == overview() + "\n"
