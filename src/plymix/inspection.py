@@ -18,11 +18,10 @@ from typing import Any
 import msgspec
 
 from plymix import archs, hashes, recipe
-from plymix.archs import Detection, Place
+from plymix.archs import Detection, Place, Prediction
 from plymix.errors import Refusal
 from plymix.formats import open_model
 from plymix.formats.base import Source, TensorInfo
-from plymix.plan import Input
 
 BRIEF = 100
 """Characters of a metadata value that people are shown."""
@@ -51,17 +50,6 @@ class Block(Amount, frozen=True, kw_only=True):
     """One merge block, in the architecture's order; then BASE, VAE, EMA and BUFFER."""
 
     name: str
-
-
-class Prediction(msgspec.Struct, frozen=True):
-    """What the model predicts: "v", "epsilon", "edm" or "" (not declared), and who says so.
-
-    `told` is "marker tensor", "modelspec", "convention" (an SDXL file without a marker is an
-    epsilon model) or "unknown".
-    """
-
-    kind: str
-    told: str
 
 
 class Unknown(msgspec.Struct, frozen=True):
@@ -248,16 +236,11 @@ def _tied(infos: Iterable[TensorInfo]) -> int:
 
 
 def _prediction(source: Source, detection: Detection) -> Prediction:
-    kind = Input(0, "", source.path.name, source, detection, {}, {}).prediction
-    if not kind:
+    """As declared; convention speaks of models only."""
+    said = archs.prediction(source.tensors, source.metadata, detection.arch)
+    if said.told == "convention" and not has_places(detection):
         return Prediction("", "unknown")
-    if any(word in source.tensors for word in archs.markers(source.tensors) if word != "ztsnr"):
-        return Prediction(kind, "marker tensor")
-    if any(source.metadata.get(f"modelspec.{f}") for f in ("prediction_type", "predict_key")):
-        return Prediction(kind, "modelspec")
-    if not has_places(detection):
-        return Prediction("", "unknown")
-    return Prediction(kind, "convention")
+    return said
 
 
 # --- what the metadata says ---------------------------------------------------------------------

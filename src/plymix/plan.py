@@ -74,20 +74,8 @@ class Input:
     @property
     def prediction(self) -> str:
         """ "v", "epsilon", "edm" or "" (not declared)."""
-        keys = self.source.tensors
-        if any(k.startswith(("edm_mean", "edm_std")) for k in keys):
-            return "edm"
-        if "v_pred" in keys or any(k.startswith("edm_vpred.") for k in keys):
-            return "v"
-        said = self.source.metadata.get("modelspec.prediction_type") or ""
-        said = said or self.source.metadata.get("modelspec.predict_key", "")
-        if said.startswith("v"):
-            return "v"
-        if said.startswith("eps"):
-            return "epsilon"
-        name = self.detection.arch.name if self.detection.arch else ""
-        # SDXL files without a marker are epsilon models (ComfyUI writes and reads it so).
-        return "epsilon" if name == "sdxl" else ""
+        source = self.source
+        return archs.prediction(source.tensors, source.metadata, self.detection.arch).kind
 
 
 @dataclass(frozen=True)
@@ -554,7 +542,8 @@ class _Planner:
         return Leaf(owner, info), info.shape, info.dtype, "buffer"
 
     def _dtype(self, info: TensorInfo) -> str:
-        asked = DTYPES[self.recipe.output.dtype]
+        """The output's dtype; what a file holds in coarse blocks is kept as fp16."""
+        asked = DTYPES[self.recipe.output.dtype] or ("F16" if info.encoding else "")
         return asked if asked and info.is_float and info.numel else info.dtype
 
     def _leaf(self, owner: Input, key: str) -> Leaf | None:

@@ -24,17 +24,20 @@ from plymix.archs.model import (
     names,
     quantised,
 )
+from plymix.archs.predicts import Prediction, prediction
 
 __all__ = [
     "Architecture",
     "Component",
     "Detection",
     "Place",
+    "Prediction",
     "detect",
     "ema_key",
     "is_buffer",
     "load",
     "markers",
     "names",
+    "prediction",
     "quantised",
 ]
