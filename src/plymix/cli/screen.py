@@ -188,7 +188,7 @@ class ProgressLine:
         self._last = now.seconds
         text = fit(describe(now), sys.stderr)
         if self._live:
-            room = max(20, shutil.get_terminal_size().columns - 1)
+            room = max(20, shutil.get_terminal_size().columns - 3)
             self._write(text[:room])
         else:
             put(text, sys.stderr)
@@ -203,6 +203,7 @@ class ProgressLine:
 
     def __exit__(self, *_: object) -> None:
         if self._shown:
+            self._shown += len("^C")  # which a terminal may have added
             self._write("")
             sys.stderr.write("\r")
             sys.stderr.flush()
