@@ -11,17 +11,19 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from plymix import archs, hashes, recipe
+from plymix import archs
 from plymix.archs import Detection, Place, Prediction
 from plymix.errors import Refusal
 from plymix.formats import open_model
 from plymix.formats.base import Source, TensorInfo
+
+if TYPE_CHECKING:
+    from plymix.recipe import Recipe
 
 BRIEF = 100
 """Characters of a metadata value that people are shown."""
@@ -251,7 +253,7 @@ def _brief(text: str) -> str:
     return line if len(text) <= BRIEF else line[: BRIEF - 3] + "..."
 
 
-def formulas(found: recipe.Recipe) -> tuple[str, ...]:
+def formulas(found: Recipe) -> tuple[str, ...]:
     """A recipe as one line per step, with file names: 'mix = weighted_sum(a.ckpt, alpha=0.5)'."""
     files = {name: Path(model.file).name for name, model in found.models.items()}
     lines = []
@@ -270,6 +272,10 @@ def formulas(found: recipe.Recipe) -> tuple[str, ...]:
 
 def _own_recipe(metadata: Mapping[str, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(formulas, notes) of the recipe that a result of plymix carries."""
+    if not any(key.startswith("plymix.") for key in metadata):
+        return (), ()  # what follows loads every merge method
+    from plymix import recipe
+
     text = metadata.get(recipe.METADATA_KEY)
     if text is None:
         return (), ()
@@ -310,12 +316,18 @@ def _json_object(text: str | None) -> dict[str, Any]:
 
 
 def _hashes(source: Source, detection: Detection) -> Hashes:
+    from concurrent.futures import ThreadPoolExecutor
+
+    from plymix import hashes
+
     path = source.path
     with ThreadPoolExecutor(3) as pool:
         whole = pool.submit(hashes.sha256, path)
         data = None
         if source.format == "safetensors":
-            start = 8 + int.from_bytes(source.handles[0].head(8), "little")
+            length = bytearray(8)
+            source.read_at(0, 0, length)
+            start = 8 + int.from_bytes(length, "little")
             data = pool.submit(hashes.data_sha256, path, start)
         tensors = tensors_hash(source, detection)
         model_hash = data.result() if data else None
@@ -338,7 +350,7 @@ def tensors_hash(source: Source, detection: Detection) -> str:
     list, and the SHA-256 of the elements as row-major little-endian bytes, lower-case hex.
     """
     arch = detection.arch if has_places(detection) else None
-    buffer = memoryview(bytearray(hashes.CHUNK))
+    buffer = memoryview(bytearray(1 << 20))
     lines = []
     for key, info in source.tensors.items():
         place = arch.place(key) if arch else None
