@@ -724,6 +724,7 @@ class TestBoundedMemory:
         run = subprocess.run(
             [sys.executable, "-c", code, *map(str, files), str(tmp_path / "o.safetensors")],
             capture_output=True,
+            env=os.environ | {"MALLOC_ARENA_MAX": "1"},
             text=True,
         )
         assert run.returncode == 0, run.stderr

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from plymix.api import Explanation, Progress, Result, explain, merge, open, two_models
+    from plymix.api import Explanation, Result, explain, merge, open, two_models
     from plymix.errors import Cancelled, Failure, FormatError, PlymixError, Refusal
     from plymix.expression import Expression, merge_method, model
     from plymix.health import check
@@ -33,7 +33,7 @@ _HOMES = {
     "Failure": "errors",
     "FormatError": "errors",
     "PlymixError": "errors",
-    "Progress": "api",
+    "Progress": "engine",
     "Recipe": "recipe",
     "Refusal": "errors",
     "Result": "api",

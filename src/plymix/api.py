@@ -15,18 +15,20 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Union
+from typing import TYPE_CHECKING, Any, Union, cast
 
-from plymix import engine, hashes, metadata
+from plymix import hashes, metadata
 from plymix import plan as planning
 from plymix import recipe as recipes
-from plymix.engine import Progress, ProgressCallback
 from plymix.errors import Refusal, unknown
 from plymix.expr import Leaf
-from plymix.expression import Expression
 from plymix.formats import Source, open_model, writer_for
-from plymix.plan import Plan
+from plymix.plan import Plan, available_cpus
 from plymix.recipe import BLEND, Recipe
+
+if TYPE_CHECKING:
+    from plymix.engine import ProgressCallback
+    from plymix.expression import Expression
 
 PathLike = Union[str, "os.PathLike[str]"]
 
@@ -204,7 +206,7 @@ def merge(
     times a second with a `Progress`; if it returns False the merge stops and leaves nothing.
     Raises Refusal before anything is read, Failure or Cancelled after.
     """
-    if out is None and isinstance(a, (Recipe, Expression)):
+    if out is None and not _is_path(a):
         b, out = None, b
     path = output_path(a, out)
     ready(path, force)
@@ -215,8 +217,8 @@ def merge(
 def _plan(a: PathLike | Recipe | Expression, b: PathLike | None, options: dict[str, Any]) -> Plan:
     folders: Sequence[str] = options.pop("models", ())
     strict: bool = options.pop("strict", False)
-    if isinstance(a, Expression):
-        a, options = a.recipe(**options), {}
+    if not isinstance(a, Recipe) and not _is_path(a):
+        a, options = cast("Expression", a).recipe(**options), {}
     if isinstance(a, Recipe):
         if b is not None or options:
             raise Refusal("a Recipe says it all: give no second model and no merge options with it")
@@ -227,7 +229,13 @@ def _plan(a: PathLike | Recipe | Expression, b: PathLike | None, options: dict[s
     for name in options:
         if name not in known:
             raise unknown("option", name, [*known, "models", "strict"])
-    return planning.build(two_models(a, b, **options), folders=folders, strict=strict)
+    return planning.build(
+        two_models(cast("PathLike", a), b, **options), folders=folders, strict=strict
+    )
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, (str, os.PathLike))
 
 
 def output_path(a: PathLike | Recipe | Expression, out: PathLike | None) -> Path:
@@ -263,6 +271,8 @@ def run(
 
     `made` is an earlier result and its plan: tensors that both plans make alike are copied from it.
     """
+    from plymix import engine
+
     if device != "cpu":
         from plymix import gpu
 
@@ -307,7 +317,6 @@ def _hasher(path: Path) -> Callable[[Callable[[], bool]], str]:
 
 def explained(plan: Plan) -> Explanation:
     """The account of a plan, for people and for JSON."""
-    from plymix.engine import available_cpus
     from plymix.expr import calls, plain_terms
 
     order = [*(plan.arch.blocks if plan.arch else ()), "BASE", "VAE", "EMA", "BUFFER"]
@@ -375,7 +384,6 @@ def size(nbytes: float) -> str:
 
 __all__ = [
     "Explanation",
-    "Progress",
     "Result",
     "Share",
     "explain",

@@ -24,6 +24,7 @@ import numpy as np
 from plymix import engine, hashes, kernels
 from plymix.errors import Refusal
 from plymix.formats.base import Handle
+from plymix.plan import available_cpus
 
 DISK_TEST = 256 << 20
 """Bytes written and read to measure a disk."""
@@ -62,7 +63,7 @@ def rows(folder: Path | None = None) -> Iterator[Row]:
     """The rows of `doctor`, each as soon as it is known."""
     yield from _versions()
     yield Row("system", f"{platform.system()} {platform.release()} ({platform.machine()})")
-    yield Row("processor", f"{_processor()}; plymix uses {engine.available_cpus()} threads")
+    yield Row("processor", f"{_processor()}; plymix uses {available_cpus()} threads")
     yield from _kernels()
     yield from _calls()
     yield from _memory()

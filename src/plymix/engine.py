@@ -42,6 +42,7 @@ from plymix.expr import (
     positional,
 )
 from plymix.formats.base import BITS, Handle, Layout, Piece, Source
+from plymix.plan import available_cpus
 from plymix.registry import get_method
 
 SPAN = 16 << 20
@@ -564,13 +565,6 @@ def perform(
         raise Cancelled("stopped; nothing was written")
 
 
-def available_cpus() -> int:
-    """Processors this process may use, at most 8: beyond that the disk is the limit."""
-    if hasattr(os, "sched_getaffinity"):
-        return min(8, len(os.sched_getaffinity(0)))
-    return min(8, os.cpu_count() or 1)
-
-
 # --- the finished file --------------------------------------------------------------------------
 
 TEMPORARY = ".plymix-tmp"
@@ -706,7 +700,8 @@ def write(
     began = time.monotonic()
     file = AtomicFile(path, layout.size)
     with file as target:
-        job = Job(sources, target, device=device)
+        within = target if layout.through is None else layout.through(target)
+        job = Job(sources, within, device=device)
         values = _Late(late or {}, lambda: job.stop)
         try:
             with _flushing(target.fd):

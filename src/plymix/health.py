@@ -23,11 +23,12 @@ import numpy as np
 from plymix import archs, kernels
 from plymix.archs import Architecture, Detection
 from plymix.archs.model import Names, shared_facts
-from plymix.engine import Progress, ProgressCallback, available_cpus
+from plymix.engine import Progress, ProgressCallback
 from plymix.errors import Cancelled, FormatError, listed, unknown
 from plymix.formats import open_model
 from plymix.formats.base import BITS, Source, TensorInfo
 from plymix.inspection import has_places, placed
+from plymix.plan import available_cpus
 from plymix.recipe import DTYPES
 
 CHUNK = 1 << 20

@@ -16,8 +16,6 @@ from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Any
 
-import numpy as np
-
 from plymix import archs, weights
 from plymix.archs import Architecture, Detection, Place
 from plymix.errors import Refusal, listed, unknown
@@ -967,6 +965,8 @@ class _Settings:
         if tried in self._tried or self.method.kind in ("linear", "cross", "group"):
             return
         self._tried.add(tried)
+        import numpy as np
+
         given: dict[str, Any] = {"key": "", "rng": np.random.default_rng}
         given = {name: value for name, value in given.items() if name in self.method.given}
         try:
@@ -999,3 +999,10 @@ def counts(plan: Plan) -> dict[str, Counter[str]]:
         block = plan.places[tensor.name].block
         found.setdefault(block, Counter())[fate.how] += 1
     return found
+
+
+def available_cpus() -> int:
+    """Processors this process may use, at most 8: beyond that the disk is the limit."""
+    if hasattr(os, "sched_getaffinity"):
+        return min(8, len(os.sched_getaffinity(0)))
+    return min(8, os.cpu_count() or 1)

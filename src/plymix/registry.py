@@ -31,7 +31,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module
-from importlib.metadata import entry_points
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from plymix.errors import Refusal, unknown
@@ -253,6 +252,8 @@ def methods() -> Mapping[str, Method]:
 
 @cache
 def _load() -> None:
+    from importlib.metadata import entry_points
+
     for family in _FAMILIES:
         import_module(f"plymix.methods.{family}")
     for point in entry_points(group="plymix.methods"):
@@ -261,7 +262,10 @@ def _load() -> None:
 
 def get_method(name: str) -> Method:
     """The method called `name`. Raises Refusal with the nearest names."""
-    known = methods()
-    if name not in known:
-        raise unknown("merge method", name, known, help="plymix methods lists them")
-    return known[name]
+    if name not in _METHODS:
+        import_module("plymix.methods.linear")  # most merges need no other family, and no numpy
+    if name not in _METHODS:
+        _load()
+    if name not in _METHODS:
+        raise unknown("merge method", name, _METHODS, help="plymix methods lists them")
+    return _METHODS[name]

@@ -8,11 +8,11 @@ never from its name.
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
 from plymix.errors import FormatError, Refusal
-from plymix.formats import safetensors, torch_legacy, torch_zip
 from plymix.formats.base import (
     BITS,
     FLOATS,
@@ -35,14 +35,21 @@ __all__ = [
     "writer_for",
 ]
 
-READERS: tuple[ModuleType, ...] = (torch_zip, torch_legacy, safetensors)
-WRITERS: dict[str, ModuleType] = {
-    ".safetensors": safetensors,
-    ".sft": safetensors,
-    ".ckpt": torch_zip,
-    ".pt": torch_zip,
-    ".pth": torch_zip,
+READERS = ("safetensors", "torch_zip", "torch_legacy")
+"""Modules of this package, each imported when the ones before it do not know the file."""
+
+WRITERS = {
+    ".safetensors": "safetensors",
+    ".sft": "safetensors",
+    ".ckpt": "torch_zip",
+    ".pt": "torch_zip",
+    ".pth": "torch_zip",
 }
+"""A file's ending -> the module that writes it."""
+
+
+def _module(name: str) -> ModuleType:
+    return import_module(f"plymix.formats.{name}")
 
 
 def open_model(path: str | os.PathLike[str]) -> Source:
@@ -61,7 +68,7 @@ def open_model(path: str | os.PathLike[str]) -> Source:
         handle.close()
     if not head:
         raise FormatError(f"{path.name} is empty (0 bytes); fetch it again")
-    for reader in READERS:
+    for reader in map(_module, READERS):
         if reader.sniff(head):
             source: Source = reader.open_file(path)
             return source
@@ -78,7 +85,7 @@ def writer_for(path: Path) -> ModuleType:
             f"{path.name}: cannot tell the format from the ending {path.suffix!r};"
             " use .safetensors or .ckpt"
         )
-    return writer
+    return _module(writer)
 
 
 def _nearest(path: Path) -> str:

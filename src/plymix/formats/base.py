@@ -13,9 +13,9 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 from plymix.errors import FormatError, Refusal
 
@@ -37,7 +37,8 @@ class TensorInfo:
     """One tensor as it lies in a file.
 
     `offset` is the absolute byte offset of its first element in `files[file]`. `strides` is in
-    elements and None for a row-major contiguous tensor (the usual case).
+    elements and None for a row-major contiguous tensor (the usual case). `encoding` names how a
+    tensor is packed on disk ("Q8_0") when its `dtype` is only what reading it gives.
     """
 
     name: str
@@ -46,6 +47,7 @@ class TensorInfo:
     offset: int
     file: int = 0
     strides: tuple[int, ...] | None = None
+    encoding: str = ""
 
     @property
     def numel(self) -> int:
@@ -67,6 +69,7 @@ class Source:
 
     `notes` are sentences a user should see ("optimizer state ignored: 412 entries").
     `root` says what the tensors were nested under in a pickle ("state_dict"), if anything.
+    `configs` are a folder's small files that go along with the weights, by their path in it.
     """
 
     path: Path
@@ -75,7 +78,13 @@ class Source:
     metadata: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     root: str = ""
-    handles: tuple[Handle, ...] = ()
+    handles: tuple[Readable, ...] = ()
+    configs: Mapping[str, Path] = field(default_factory=dict)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold the tensors, each once."""
+        return tuple(dict.fromkeys(h.path for h in self.handles))
 
     @property
     def nbytes(self) -> int:
@@ -119,6 +128,40 @@ def _gather(source: Source, info: TensorInfo) -> bytearray:
         stored, info.shape, [s * size for s in info.strides], writeable=False
     )
     return bytearray(np.ascontiguousarray(view).view(np.uint8).data)
+
+
+def joined(
+    parts: Iterable[tuple[str, Source]],
+) -> tuple[dict[str, TensorInfo], dict[str, str], tuple[Readable, ...]]:
+    """Tensors, metadata and handles of several sources as if they were one.
+
+    Each part comes with a prefix for its names, which must not clash. Where parts differ in a value
+    of the metadata, the first one's counts.
+    """
+    tensors: dict[str, TensorInfo] = {}
+    metadata: dict[str, str] = {}
+    handles: list[Readable] = []
+    for prefix, part in parts:
+        for key, info in part.tensors.items():
+            tensors[prefix + key] = replace(info, name=prefix + key, file=info.file + len(handles))
+        metadata = {**part.metadata, **metadata}
+        handles += part.handles
+    return tensors, metadata, tuple(handles)
+
+
+class Readable(Protocol):
+    """What a source reads from: an open file, or what an open file means once it is decoded.
+
+    `size` counts in the size of the model; it is 0 for what is not itself on disk. `read_at` is
+    thread-safe.
+    """
+
+    path: Path
+    size: int
+
+    def read_at(self, offset: int, out: Any) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Handle:
@@ -173,11 +216,16 @@ class Handle:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor of a file to be written."""
+    """One tensor of a file to be written.
+
+    `dtype` is what the engine delivers; `encoding` is what becomes of it in the file ("Q8_0"), for
+    the formats that have such.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    encoding: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -198,9 +246,13 @@ class Layout:
 
     Metadata values that become known late (hashes of the inputs) are written as place-holders of
     their final length, which the engine replaces in `pieces` before it writes them.
+
+    `through`, if there is one, wraps the engine's target: encoded tensors have offsets beyond
+    `size`, and what is written there is encoded and put where it belongs.
     """
 
     offsets: Mapping[str, int]
     size: int
     pieces: Sequence[Piece]
     finish: Callable[[Callable[[int, Any], None]], Iterable[Piece]] | None = None
+    through: Callable[[Any], Any] | None = None

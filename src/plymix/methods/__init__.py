@@ -18,8 +18,10 @@ arrays at a time; a "group" method (re-basin) asks for the keys it needs togethe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
+
+from plymix.errors import Refusal
 
 Array = Any
 """A float32 array of any namespace that follows the array API standard."""
@@ -37,3 +39,22 @@ class Tensors(Protocol):
     def shape(self, key: str) -> tuple[int, ...]:
         """The shape of the first model's tensor, without reading it."""
         ...
+
+
+def model_weights(
+    weights: Sequence[float], count: int, *, default: float = 1.0, normalize: bool = False
+) -> list[float]:
+    """One weight per model: `weights`, or `default` for each when it is empty.
+
+    With `normalize` they are divided by their sum. Raises Refusal when there is not one weight per
+    model, or when weights that sum to 0 are to be normalised.
+    """
+    if weights and len(weights) != count:
+        raise Refusal(f"{len(weights)} weights for {count} models: give one number per model")
+    ws = [float(w) for w in weights] or [default] * count
+    if not normalize:
+        return ws
+    total = sum(ws)
+    if total == 0:
+        raise Refusal(f"weights {ws} sum to 0 and cannot be normalised: change one of them")
+    return [w / total for w in ws]

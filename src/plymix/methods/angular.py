@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from plymix.errors import Refusal
-from plymix.methods import Array
+from plymix.methods import Array, model_weights
 from plymix.methods.arrays import (
     as_lines,
     as_rows,
@@ -24,7 +24,6 @@ from plymix.methods.arrays import (
     dot,
     gram,
     lerp,
-    model_weights,
     namespace,
     norm,
     row_products,

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace, device, is_numpy_array
 
-from plymix.errors import Refusal
 from plymix.methods import Array
 
 ROW = 1024
@@ -169,25 +168,6 @@ def match_spread(r: Array, a: Array) -> Array:
         return r
     k, mean = (std_r + std_a) / (2 * std_r), (mean_r + mean_a) / 2
     return blockwise(lambda v: (v - mean_r) * k + mean, r)
-
-
-def model_weights(
-    weights: Sequence[float], count: int, *, default: float = 1.0, normalize: bool = False
-) -> list[float]:
-    """One weight per model: `weights`, or `default` for each when it is empty.
-
-    With `normalize` they are divided by their sum. Raises Refusal when there is not one weight per
-    model, or when weights that sum to 0 are to be normalised.
-    """
-    if weights and len(weights) != count:
-        raise Refusal(f"{len(weights)} weights for {count} models: give one number per model")
-    ws = [float(w) for w in weights] or [default] * count
-    if not normalize:
-        return ws
-    total = sum(ws)
-    if total == 0:
-        raise Refusal(f"weights {ws} sum to 0 and cannot be normalised: change one of them")
-    return [w / total for w in ws]
 
 
 # -- one number per row or column -----------------------------------------------------------------

@@ -13,8 +13,7 @@ from operator import add
 from typing import Annotated
 
 from plymix.errors import Refusal
-from plymix.methods import Array
-from plymix.methods.arrays import model_weights
+from plymix.methods import Array, model_weights
 from plymix.registry import Range, method
 
 UNIT = Range(0, 1)

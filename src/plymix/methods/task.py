@@ -18,14 +18,13 @@ import numpy as np
 from array_api_compat import device
 
 from plymix.errors import Refusal
-from plymix.methods import Array
+from plymix.methods import Array, model_weights
 from plymix.methods.arrays import (
     BLOCK,
     blockwise,
     flatten,
     gram,
     kth_smallest,
-    model_weights,
     namespace,
     numel,
     uniform,
