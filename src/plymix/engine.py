@@ -324,10 +324,13 @@ class Worker:
                 self._chunk(item)
             case WholeItem():
                 tensor = item.tensor
-                if isinstance(tensor.expr, Const):
-                    data = tensor.expr.data
-                else:
-                    data = self._finished(tensor, self.evaluate(tensor.expr))
+                match tensor.expr:
+                    case Const(known):
+                        data: Any = known
+                    case Leaf(source, info) if info.dtype == tensor.dtype:  # strided: gathered
+                        data = self.job.sources[source].read(info)
+                    case expr:
+                        data = self._finished(tensor, self.evaluate(expr))
                 self.job.target.write_at(tensor.offset, data)
                 self.job.add(tensor.nbytes)
 

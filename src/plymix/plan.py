@@ -62,8 +62,8 @@ class Input:
 
     @property
     def label(self) -> str:
-        """The file's name as the recipe has it, without folders."""
-        return PurePath(self.file).name
+        """The file's name as the recipe has it, without folders; what is not text becomes '?'."""
+        return PurePath(self.file).name.encode("utf-8", "replace").decode()
 
     @property
     def components(self) -> frozenset[str]:
@@ -455,7 +455,7 @@ class _Planner:
             name = self._spelling(key)
             tensors.append(Tensor(name, dtype, shape, expr))
             places[name] = place
-            if isinstance(expr, Leaf) and expr.info.strides is None:
+            if isinstance(expr, Leaf):
                 fates[name] = Fate("copied", why or self.inputs[expr.source].label)
             else:
                 fates[name] = Fate("filled" if isinstance(expr, Const) else "merged", why)
