@@ -628,9 +628,7 @@ def test_debug_adds_the_traceback(here: Path, monkeypatch: pytest.MonkeyPatch) -
     [
         "[a] [red]b[bold] c",
         "日本語モデル",
-        pytest.param(
-            "x\udcffy", marks=pytest.mark.xfail(reason="metadata cannot hold such a name yet")
-        ),
+        "x\udcffy",
         "esc\x1b[31mred",
         "é ü",
     ],

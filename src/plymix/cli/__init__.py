@@ -55,6 +55,8 @@ def main_mbw() -> int:
 
 
 def _entry(words: Sequence[str], prog: str = "") -> int:
+    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, "1")  # plymix has threads of its own, and results stay the same
     if hasattr(signal, "SIGTERM"):
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill ends as Ctrl-C does
     return run(words, prog)

@@ -8,6 +8,7 @@ never from its name.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -31,14 +32,19 @@ __all__ = [
     "Layout",
     "Source",
     "TensorInfo",
+    "open_file",
     "open_model",
     "writer_for",
 ]
 
-READERS = ("safetensors", "torch_zip", "torch_legacy")
+WEIGHTS = ("safetensors", "torch_zip", "torch_legacy")
+"""Modules of this package that read one file of weights, which may be part of a larger model."""
+
+READERS = (*WEIGHTS, "gguf", "sharded")
 """Modules of this package, each imported when the ones before it do not know the file."""
 
 WRITERS = {
+    ".gguf": "gguf",
     ".safetensors": "safetensors",
     ".sft": "safetensors",
     ".ckpt": "torch_zip",
@@ -53,12 +59,22 @@ def _module(name: str) -> ModuleType:
 
 
 def open_model(path: str | os.PathLike[str]) -> Source:
-    """Open a model file and read its header. Raises Refusal or FormatError, in well under 1 s."""
+    """Open a model file or folder and read its headers.
+
+    Raises Refusal or FormatError, in well under 1 s.
+    """
     path = Path(path)
     if not path.exists():
         raise Refusal(f"{path} does not exist{_nearest(path)}")
-    if path.is_dir():
-        raise Refusal(f"{path} is a folder; name the model file in it")
+    if path.is_dir() or path.name == "model_index.json":
+        from plymix.formats import diffusers
+
+        return diffusers.open_folder(path if path.is_dir() else path.parent)
+    return open_file(path)
+
+
+def open_file(path: Path, readers: Sequence[str] = READERS) -> Source:
+    """Open one file by the first of `readers` that knows its first bytes."""
     if not path.is_file():
         raise Refusal(f"{path} is not a regular file; plymix needs positioned reads")
     handle = Handle(path)
@@ -68,12 +84,12 @@ def open_model(path: str | os.PathLike[str]) -> Source:
         handle.close()
     if not head:
         raise FormatError(f"{path.name} is empty (0 bytes); fetch it again")
-    for reader in map(_module, READERS):
+    for reader in map(_module, readers):
         if reader.sniff(head):
             source: Source = reader.open_file(path)
             return source
     raise FormatError(
-        f"{path.name} is neither a safetensors file nor a torch checkpoint: {_looks_like(head)}"
+        f"{path.name} is none of safetensors, torch checkpoint and GGUF: {_looks_like(head)}"
     )
 
 
@@ -83,7 +99,7 @@ def writer_for(path: Path) -> ModuleType:
     if writer is None:
         raise Refusal(
             f"{path.name}: cannot tell the format from the ending {path.suffix!r};"
-            " use .safetensors or .ckpt"
+            " use .safetensors, .ckpt or .gguf"
         )
     return _module(writer)
 
@@ -102,8 +118,6 @@ def _nearest(path: Path) -> str:
 def _looks_like(head: bytes) -> str:
     if head.startswith(b"version https://git-lfs"):
         return "it is a git-lfs pointer; fetch the real file with `git lfs pull`"
-    if head[:4] == b"GGUF":
-        return "it is GGUF, which plymix does not read yet"
     if head.lstrip()[:1] == b"<":
         return "it looks like a web page; fetch the model itself"
     if head[:6] in (b"\x1f\x8b\x08", b"7z\xbc\xaf'\x1c") or head[:2] == b"\x1f\x8b":

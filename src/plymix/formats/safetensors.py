@@ -50,7 +50,7 @@ def _parse(handle: Handle) -> tuple[dict[str, str], dict[str, TensorInfo]]:
     if 8 + length > handle.size:
         raise bad(f"its header claims {length:,} bytes and the file has {handle.size:,}")
     try:
-        header = json.loads(handle.head(length, 8).decode("utf-8"), object_pairs_hook=_no_twins)
+        header = json.loads(handle.head(length, 8).decode("utf-8"), object_pairs_hook=no_twins)
     except (ValueError, RecursionError) as e:
         reason = "nested too deeply" if isinstance(e, RecursionError) else str(e)
         raise bad(f"its header is not JSON ({reason[:120]})") from None
@@ -82,7 +82,8 @@ def _parse(handle: Handle) -> tuple[dict[str, str], dict[str, TensorInfo]]:
     return metadata, tensors
 
 
-def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object without twins among its keys, for `json.loads`. Raises ValueError."""
     found = dict(pairs)
     if len(found) != len(pairs):
         seen: set[str] = set()
