@@ -1,0 +1,237 @@
+"""Recipes: text to value and back, unchanged; everything unknown refused with a suggestion."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from plymix import recipe
+from plymix.errors import Refusal
+
+TOML = """
+[models]
+sd = "sd-v1-4.ckpt"
+wd = { file = "wd.safetensors", size = 12, sha256 = "ab" }
+
+[steps.mix]
+method = "weighted_sum"
+a = "sd"
+b = "wd"
+alpha = { base = 0.5, blocks = { "IN00-IN05" = 0.2, M00 = 0.5 } }
+rules = ["IN05-OUT03:attn2:0.3"]
+
+[steps.more]
+method = "add_difference"
+a = "mix"
+b = "wd"
+c = "sd"
+alpha = 0.7
+
+[output]
+from = "more"
+dtype = "fp16"
+vae = "sd"
+"""
+
+
+def test_toml_is_what_it_says():
+    found = recipe.from_toml(TOML)
+    assert found.models["sd"] == recipe.Model("sd-v1-4.ckpt")
+    assert found.models["wd"] == recipe.Model("wd.safetensors", 12, "ab")
+    assert found.steps["mix"].inputs == ("sd", "wd")
+    assert found.steps["mix"].rules == ("IN05-OUT03:attn2:0.3",)
+    assert found.steps["more"].inputs == ("mix", "wd", "sd")
+    assert found.final == "more"
+    assert found.order() == ("mix", "more")
+    assert found.base() == "sd"
+    assert found.output.dtype == "fp16"
+    assert found.parts == ("sd",)
+
+
+def test_files_of_both_kinds(tmp_path):
+    (tmp_path / "r.toml").write_text(TOML)
+    found = recipe.load(tmp_path / "r.toml")
+    (tmp_path / "r.json").write_text(recipe.to_json(found))
+    assert recipe.load(tmp_path / "r.json") == found
+    with pytest.raises(Refusal, match="cannot read"):
+        recipe.load(tmp_path / "absent.toml")
+
+
+names = st.text("abcdefgäß日_019-", min_size=1, max_size=6).filter(
+    lambda n: n[0] != "-" and n != "blend"
+)
+numbers = st.floats(-2, 3, allow_nan=False)
+alphas = st.one_of(
+    numbers,
+    st.just("GRAD_V"),
+    st.lists(numbers, min_size=25, max_size=26),
+    st.builds(lambda b, d: {"base": b, "default": d, "blocks": {"M00": b}}, numbers, numbers),
+)
+
+
+@st.composite
+def written(draw):
+    """A recipe as a person may write it, in plain dicts."""
+    models = draw(st.lists(names, min_size=2, max_size=4, unique=True))
+    steps, known = {}, list(models)
+    for name in draw(st.lists(names, min_size=1, max_size=4, unique=True)):
+        if name in known:
+            continue
+        used = st.sampled_from(known)
+        step = draw(
+            st.one_of(
+                st.builds(
+                    lambda a, b, w: {"method": "weighted_sum", "a": a, "b": b, "alpha": w},
+                    used,
+                    used,
+                    alphas,
+                ),
+                st.builds(
+                    lambda m: {"method": "n_average", "models": m},
+                    st.lists(used, min_size=1, max_size=3),
+                ),
+            )
+        )
+        steps[name] = step
+        known.append(name)
+    output = draw(
+        st.fixed_dictionaries(
+            {"from": st.sampled_from(known)},
+            optional={
+                "dtype": st.sampled_from(list(recipe.DTYPES)),
+                "ema": st.sampled_from(recipe.EMA),
+                "vae": st.sampled_from([*models, "blend"]),
+                "union": st.booleans(),
+                "title": st.text(max_size=5),
+            },
+        )
+    )
+    return {"models": {m: f"{m}.safetensors" for m in models}, "steps": steps, "output": output}
+
+
+@given(written())
+@settings(max_examples=150, deadline=None)
+def test_json_and_value_are_inverse(found):
+    first = recipe.from_dict(found)
+    text = recipe.to_json(first)
+    again = recipe.from_json(text)
+    assert recipe.to_json(again) == text
+    assert recipe.from_json(recipe.to_json(again)) == again
+    assert list(json.loads(text)) == sorted(json.loads(text))
+    assert "\n" not in text
+    assert (again.models, again.output, again.final) == (first.models, first.output, first.final)
+
+
+@given(written())
+@settings(max_examples=80, deadline=None)
+def test_toml_and_value_are_inverse(found):
+    first = recipe.from_json(recipe.to_json(recipe.from_dict(found)))
+    assert recipe.from_toml(recipe.to_toml(first)) == first
+
+
+def test_order_of_writing_makes_no_difference():
+    found = recipe.to_dict(recipe.from_toml(TOML))
+    turned = {k: dict(reversed(v.items())) for k, v in reversed(found.items())}
+    assert recipe.to_json(recipe.from_dict(turned)) == recipe.to_json(recipe.from_toml(TOML))
+
+
+def changed(old, new):
+    assert old in TOML
+    return TOML.replace(old, new, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (changed("[output]", "[outptu]"), "output"),
+        (changed("dtype =", "dtpye ="), "dtype"),
+        (changed("fp16", "fp61"), "fp16"),
+        (changed("weighted_sum", "weighted_sun"), "weighted_sum"),
+        (changed("alpha = 0.7", "alhpa = 0.7"), "alpha"),
+        (changed('b = "wd"', 'b = "wdd"'), "wd"),
+        (changed('a = "mix"', 'a = "more"'), "circle"),
+        (changed('from = "more"', 'from = "mroe"'), "more"),
+        (changed('c = "sd"', ""), "c"),
+        (changed('c = "sd"', 'c = "sd"\nd = "sd"'), "unknown"),
+        (changed('c = "sd"', "c = 3"), "name"),
+        (changed("size = 12", 'size = "12"'), "size"),
+        (changed("size = 12", "sise = 12"), "size"),
+        (changed("[steps.more]", "[steps.sd]"), "both"),
+        (changed('rules = ["IN05-OUT03:attn2:0.3"]', "rules = 3"), "rules"),
+        (changed("alpha = 0.7", "seed = 0.5"), "seed"),
+        (changed('sd = "sd-v1-4.ckpt"', 'sd = ""'), "file"),
+        (changed('method = "add_difference"', ""), "method"),
+        ("[models", "TOML"),
+        ("", "models"),
+        ("[models]", "models"),
+        ('[models]\na = "x"\nb = "y"', "steps"),
+        ("models = 3", "models"),
+    ],
+)
+def test_what_is_wrong_is_named(text, says):
+    with pytest.raises(Refusal) as caught:
+        recipe.from_toml(text)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "3", "null", '"x"', "{", "[" * 100_000, '{"models": []}']
+)
+def test_json_that_is_no_recipe(text):
+    with pytest.raises(Refusal):
+        recipe.from_json(text)
+
+
+def test_long_circles():
+    steps = {
+        f"s{i}": {"method": "weighted_sum", "a": f"s{(i + 1) % 5}", "b": "m"} for i in range(5)
+    }
+    with pytest.raises(Refusal, match="circle: s0 -> s1 -> s2 -> s3 -> s4 -> s0"):
+        recipe.from_dict({"models": {"m": "m.ckpt"}, "steps": steps})
+
+
+def test_unused_steps_are_not_run():
+    steps = {
+        n: {"method": "weighted_sum", "a": "m", "b": "n", "alpha": 0.5} for n in ("used", "idle")
+    }
+    found = recipe.from_dict(
+        {"models": {"m": "m.ckpt", "n": "n.ckpt"}, "steps": steps, "output": {"from": "used"}}
+    )
+    assert found.order() == ("used",)
+
+
+def test_a_part_named_by_its_file_becomes_a_model():
+    step = {"method": "weighted_sum", "a": "m", "b": "n"}
+    found = recipe.from_dict(
+        {
+            "models": {"m": "m.ckpt", "n": "n.ckpt"},
+            "steps": {"vae": step},
+            "output": {"vae": "folder/vae.safetensors"},
+        }
+    )
+    assert found.models[found.output.vae].file == "folder/vae.safetensors"
+    assert found.output.vae not in ("vae", "m", "n")
+
+
+def test_settings_from_the_command_line():
+    found = recipe.from_toml(TOML)
+    got = recipe.with_setting(found, "steps.more.alpha", "0.25")
+    assert got.steps["more"].params["alpha"] == 0.25
+    assert got.steps["mix"] == found.steps["mix"]
+    got = recipe.with_setting(found, "steps.mix.alpha.base", "0.9")
+    assert got.steps["mix"].params["alpha"]["base"] == 0.9
+    assert recipe.with_setting(found, "output.dtype", "bf16").output.dtype == "bf16"
+    for path, text in (("steps.mox.alpha", "1"), ("output.dtyp", "fp16"), ("steps.mix.alhpa", "1")):
+        with pytest.raises(Refusal):
+            recipe.with_setting(found, path, text)
+
+
+def test_from_metadata():
+    found = recipe.from_toml(TOML)
+    assert recipe.from_metadata({recipe.METADATA_KEY: recipe.to_json(found)}, "x") == (
+        recipe.from_json(recipe.to_json(found))
+    )
+    with pytest.raises(Refusal, match="x carries no"):
+        recipe.from_metadata({}, "x")
