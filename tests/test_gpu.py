@@ -86,13 +86,13 @@ def test_more_than_one_block_and_nan_in_one():
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
 def test_terms_that_cancel(dtype):
-    """a - c*b with b next to a/c: what is left is small, and still right to the last bit."""
-    a = ordinary(dtype, 20_000, 3)
-    b = a.view(np.uint16) + np.arange(20_000, dtype=np.uint16) % 5
-    terms = [(0.9, dtype), (-0.9, dtype)]
-    assert np.array_equal(
-        on_cpu(terms, [a, b.view(np.uint8)], dtype), on_device(terms, [a, b.view(np.uint8)], dtype)
-    )
+    """0.7*a + 0.3*b with b next to -7/3*a: what is left is what float32 cannot hold."""
+    a = kernels.narrowed(np.arange(1, 20_001, dtype=np.float32) % 41 * 3, dtype)
+    b = kernels.narrowed(kernels.float32(a, dtype) * np.float32(-7 / 3), dtype)
+    terms = [(0.7, dtype), (0.3, dtype)]
+    got = on_device(terms, [a, b], dtype)
+    assert np.array_equal(on_cpu(terms, [a, b], dtype), got)
+    assert np.abs(kernels.float32(got, dtype)).max() < 0.5
 
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])

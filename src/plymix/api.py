@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union, cast
 
-from plymix import hashes, metadata
+from plymix import hashes, metadata, weights
 from plymix import plan as planning
 from plymix import recipe as recipes
 from plymix.errors import Refusal, unknown
@@ -25,6 +25,7 @@ from plymix.expr import Leaf
 from plymix.formats import Source, open_model, writer_for
 from plymix.plan import Plan, available_cpus
 from plymix.recipe import BLEND, Recipe
+from plymix.registry import get_method
 
 if TYPE_CHECKING:
     from plymix.engine import ProgressCallback
@@ -113,6 +114,7 @@ def two_models(
     b: PathLike,
     *,
     alpha: Any = 0.5,
+    presets: PathLike = "",
     base: float | None = None,
     method: str = "weighted_sum",
     c: PathLike | None = None,
@@ -126,7 +128,8 @@ def two_models(
     """The recipe of a merge of two models (three with `c`): what the command `merge` runs.
 
     `alpha` is the share of `b`: a number, a preset's name, a list of block weights, or a mapping as
-    in a recipe. `base` is the text encoder's share where `alpha` is not a plain number. `vae` is
+    in a recipe. `presets` is a file of presets of your own (MBW's preset.tsv, supermerger's
+    mbwpresets.txt), whose names `alpha` may use. `base` is the text encoder's share where `alpha` is not a plain number. `vae` is
     "a", "b", "blend" or a file. Raises Refusal.
     """
     models = {"a": os.fspath(a), "b": os.fspath(b)}
@@ -138,7 +141,7 @@ def two_models(
     if c is not None:
         models["c"] = os.fspath(c)
         step["c"] = "c"
-    step["alpha"] = with_base(alpha, base)
+    step["alpha"] = with_base(alpha, base, own_presets(presets))
     vae = {"a": "", "b": "b", "c": "c", BLEND: BLEND}.get(vae.lower(), vae)
     output = {
         "from": "merge",
@@ -152,13 +155,31 @@ def two_models(
     return recipes.from_dict({"models": models, "steps": {"merge": step}, "output": output})
 
 
-def with_base(alpha: Any, base: float | None) -> Any:
-    """A weight setting with the text encoder's share said apart (`--base`)."""
-    from plymix import weights
+def own_presets(file: PathLike) -> Mapping[str, Sequence[float]]:
+    """The presets of a user's file; none for no file."""
+    return weights.load_preset_file(os.fspath(file)) if file else {}
 
-    setting = weights.from_toml(alpha, field="alpha") if not isinstance(alpha, str) else alpha
-    if isinstance(setting, str):
-        setting = weights.parse(setting, field="alpha")
+
+def with_own_presets(recipe: Recipe, own: Mapping[str, Sequence[float]]) -> Recipe:
+    """`recipe` with every weight that names one of `own` presets said in numbers."""
+    if not own:
+        return recipe
+    found = recipes.to_dict(recipe)
+    for name, step in found["steps"].items():
+        for param in get_method(step["method"]).params:
+            if param.type is float and param.name in step:
+                field = f"steps.{name}.{param.name}"
+                setting = weights.from_toml(step[param.name], field=field, own=own)
+                step[param.name] = weights.to_json(setting)
+    return recipes.from_dict(found)
+
+
+def with_base(
+    alpha: Any, base: float | None, own: Mapping[str, Sequence[float]] | None = None
+) -> Any:
+    """A weight setting with the text encoder's share said apart (`--base`)."""
+    read = weights.parse if isinstance(alpha, str) else weights.from_toml
+    setting = read(alpha, field="alpha", own=own or {})
     value = weights.to_json(setting)
     if base is None:
         return value

@@ -2,8 +2,8 @@
 
 The pieces of the coefficients are `kernels.Sum`'s own. No product rounds, and additions and casts
 are what IEEE 754 defines to the last bit, so any device agrees. What the standard leaves open is
-the bits of a NaN: blocks that hold one are computed once more on the CPU. torch is imported inside
-the functions only.
+the bits of a NaN: blocks that hold one are computed once more on the CPU, and so are those with a
+number beyond float8 e4m3, which torch turns into NaN. torch is imported inside the functions only.
 """
 
 from __future__ import annotations
@@ -89,13 +89,13 @@ def _sum_narrow(plan: kernels.Sum, inputs: Sequence[torch.Tensor]) -> torch.Tens
     total = _blend(x, y, hi0, hi1)
     if lo0 or lo1:
         total = total + _blend(x, y, lo0, lo1)
-    out = _narrowed(total, plan.out)
+    out = total.to(_torch_dtype(plan.out))
     first, found = (t.view(torch.int16).int() & 0x7FFF for t in (inputs[0], out))
     again = torch.nonzero(found + int(plan._lost) < first).flatten()
     (hi0, lo0), (hi1, lo1) = plan._exact
     x64, y64 = x[again].double(), y[again].double()
     exact = (x64 * hi0 + y64 * hi1) + (x64 * lo0 + y64 * lo1)
-    out[again] = _narrowed(exact.float(), plan.out)
+    out[again] = exact.float().to(out.dtype)
     return out
 
 
@@ -111,17 +111,12 @@ def _sum_wide(plan: kernels.Sum, inputs: Sequence[torch.Tensor]) -> torch.Tensor
         total = _blend(total, x, 1.0 if i else hi, hi1)
     if any(lo for _, lo in plan._exact):
         total = total + low
-    return total if plan.out == "F64" else _narrowed(total.float(), plan.out)
+    return total if plan.out == "F64" else total.float().to(_torch_dtype(plan.out))
 
 
 def _blend(x: torch.Tensor, y: torch.Tensor, a: float, b: float) -> torch.Tensor:
     """a*x + b*y as `kernels.Backend.blend` has it: a coefficient 0 ignores y."""
     return x * a + y * b if b else x * a
-
-
-def _narrowed(x: torch.Tensor, dtype: str) -> torch.Tensor:
-    """float32 to `dtype`, ties to even; e4m3 saturates at 448, where torch would give NaN."""
-    return (x.clamp(-448.0, 448.0) if dtype == "F8_E4M3" else x).to(_torch_dtype(dtype))
 
 
 @cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +17,7 @@ from plymix.cli.options import (
     Merge,
     OnDevice,
     Output,
+    Presets,
     Settings,
     Threads,
     argument,
@@ -66,6 +67,7 @@ def mbw(
             default=False,
         ),
     ] = None,
+    presets: Presets = "",
     verbose: Annotated[
         bool, option("Show each block's ratio before merging.", default=False)
     ] = False,
@@ -93,7 +95,7 @@ def mbw(
 
     path = Path(output or default_name(model_1, model_2))
     api.ready(path, force)
-    recipe, shares, notes = classic(model_1, model_2, base_alpha, weights)
+    recipe, shares, notes = classic(model_1, model_2, base_alpha, weights, presets)
     with planned(recipe) as plan:
         for text in notes:
             screen.note(text)
@@ -108,7 +110,7 @@ def mbw(
 
 
 def classic(
-    model_1: str, model_2: str, base_alpha: float | None, weights: str | None
+    model_1: str, model_2: str, base_alpha: float | None, weights: str | None, presets: str = ""
 ) -> tuple[Recipe, dict[str, float], tuple[str, ...]]:
     """The recipe of `mbw`, model 1's share in BASE (and VAE) and each block, and notes.
 
@@ -123,7 +125,7 @@ def classic(
     shares = {"BASE": flat}
     notes: tuple[str, ...] = ()
     if weights is not None:
-        found = _resolved(model_1, weights, base)
+        found = _resolved(model_1, weights, base, api.own_presets(presets))
         if found is not None:
             if found.base is not None:
                 shares = {"BASE": found.base}
@@ -138,12 +140,14 @@ def classic(
     return api.two_models(model_1, model_2, alpha=alpha, vae="blend"), shares, notes
 
 
-def _resolved(model: str, text: str, base: float | None) -> Resolved | None:
+def _resolved(
+    model: str, text: str, base: float | None, own: Mapping[str, Sequence[float]]
+) -> Resolved | None:
     """The weights for the blocks of `model`; None if it is no model (the plan says so better)."""
     from plymix import api, archs
     from plymix import weights as settings
 
-    setting = settings.parse(text, field="--weights", blocks=settings.SD1_BLOCKS)
+    setting = settings.parse(text, field="--weights", blocks=settings.SD1_BLOCKS, own=own)
     if isinstance(setting, float):
         setting = (setting,)  # a list of one: refused with the number that is expected
     with api.open(model) as source:
@@ -253,9 +257,11 @@ def explain(
         if Path(a).suffix.lower() not in (".toml", ".json"):
             raise Refusal(f"{a}: explain wants two models, or one recipe (.toml or .json)")
         said = [k for k, v in options.__dict__.items() if v != getattr(Merge(), k)]
-        if extra := [f"--{name.replace('_', '-')}" for name in said if name != "strict"]:
+        if extra := [
+            f"--{name.replace('_', '-')}" for name in said if name not in ("strict", "presets")
+        ]:
             raise Refusal(f"{', '.join(extra)} is for two models; a recipe says it itself")
-        recipe, folders = load(a, set, models)
+        recipe, folders = load(a, set, models, options.presets)
     else:
         if set:
             raise Refusal("--set is for recipes; for two models say --alpha and the like")

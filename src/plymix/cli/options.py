@@ -62,6 +62,16 @@ Settings = Annotated[
 ]
 
 
+Presets = Annotated[
+    str,
+    option(
+        "A file of your own presets (MBW's preset.tsv, supermerger's mbwpresets.txt).",
+        default=False,
+        metavar="FILE",
+    ),
+]
+
+
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class Merge:
@@ -71,6 +81,7 @@ class Merge:
         str,
         weight("The share of B: number, preset, or list of block weights.", metavar="SPEC"),
     ] = "0.5"
+    presets: Presets = ""
     base: Annotated[
         float | None,
         weight(

@@ -15,6 +15,7 @@ from plymix.cli.options import (
     Json,
     OnDevice,
     Output,
+    Presets,
     Settings,
     Strict,
     Threads,
@@ -36,8 +37,11 @@ EXAMPLES = {
 }
 
 
-def load(file: str, settings: Sequence[str], folders: Sequence[str]) -> tuple[Recipe, list[str]]:
-    """A recipe file with `--set` applied, and where its models are looked for."""
+def load(
+    file: str, settings: Sequence[str], folders: Sequence[str], presets: str = ""
+) -> tuple[Recipe, list[str]]:
+    """A recipe file with `--set` and `--presets` applied, and where its models are looked for."""
+    from plymix import api
     from plymix import recipe as recipes
 
     path = Path(file).expanduser()
@@ -49,6 +53,7 @@ def load(file: str, settings: Sequence[str], folders: Sequence[str]) -> tuple[Re
         if not equals or not at:
             raise Refusal(f"--set {setting}: write PATH=VALUE, as in steps.mix.alpha=0.3")
         found = recipes.with_setting(found, at.strip(), value.strip())
+    found = api.with_own_presets(found, api.own_presets(presets))
     return found, [*folders, str(path.parent)]
 
 
@@ -67,6 +72,7 @@ def run(
     *,
     output: Output = "",
     set: Settings = (),
+    presets: Presets = "",
     models: Folders = (),
     strict: Strict = False,
     force: Force = False,
@@ -85,7 +91,7 @@ def run(
     from plymix import api
     from plymix.cli import merging
 
-    found, folders = load(recipe, set, models)
+    found, folders = load(recipe, set, models, presets)
     if output or not dry_run:
         path = api.output_path(found, output)
         api.ready(path, force)

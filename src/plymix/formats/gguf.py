@@ -194,13 +194,19 @@ def encode_q8_0(values: Any) -> Any:
 
     Each block has a float16 scale, its largest magnitude / 127; the codes are the values over that
     scale in float32, rounded to the nearest with halves away from zero, as ggml's reference does.
-    Values must be finite and of a magnitude below 127 * 65520.
+    Only where the scale is 0 in float16, so that the codes mean nothing, they are 0 here.
+    Values must be finite and of a magnitude below 127 * 65520. Packing what was unpacked gives the
+    same blocks.
     """
     d = np.abs(values).max(axis=1, keepdims=True) / np.float32(127)
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        scaled = values * np.where(d == 0, np.float32(0), np.float32(1) / d)
-        codes = np.trunc(scaled + np.copysign(np.float32(0.5), scaled)).astype(np.int8)
-    return np.concatenate([d.astype(np.float16).view(np.uint8), codes.view(np.uint8)], axis=1)
+    scale = d.astype(np.float16)
+    factor = np.divide(np.float32(1), d, out=np.zeros_like(d), where=scale != 0)
+    scaled = values * factor
+    magnitude = np.abs(scaled)
+    whole = np.floor(magnitude)
+    whole += np.floor(2 * (magnitude - whole))
+    codes = np.copysign(whole, scaled).astype(np.int8)
+    return np.concatenate([scale.view(np.uint8), codes.view(np.uint8)], axis=1)
 
 
 # ---- the virtual files
