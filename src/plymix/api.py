@@ -129,8 +129,8 @@ def two_models(
 
     `alpha` is the share of `b`: a number, a preset's name, a list of block weights, or a mapping as
     in a recipe. `presets` is a file of presets of your own (MBW's preset.tsv, supermerger's
-    mbwpresets.txt), whose names `alpha` may use. `base` is the text encoder's share where `alpha` is not a plain number. `vae` is
-    "a", "b", "blend" or a file. Raises Refusal.
+    mbwpresets.txt), whose names `alpha` may use. `base` is the text encoder's share where `alpha`
+    is not a plain number. `vae` is "a", "b", "blend" or a file. Raises Refusal.
     """
     models = {"a": os.fspath(a), "b": os.fspath(b)}
     step: dict[str, Any] = {"method": method, "a": "a", "b": "b"}

@@ -368,8 +368,8 @@ def _position_ids(source: Source) -> Iterator[Finding]:
         if wrong:
             text = (
                 f"{key} ({info.dtype}) is not 0..{last}: wrong at {listed(wrong)}; the text encoder"
-                f" misplaces these tokens of a prompt; put 0..{last} there as int64, or take the"
-                " text encoder of a sound model"
+                " misplaces these tokens of a prompt; a merge with output.repair ="
+                ' ["position_ids"] puts them right'
             )
             yield Finding("error", "position_ids", text, (key,), len(wrong))
         elif info.dtype != "I64":
