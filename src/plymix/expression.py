@@ -15,6 +15,7 @@ missing model the difference is 0).
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import math
@@ -39,6 +40,20 @@ NEARLY = 1e-12
 
 class Expression:
     """A model file, or a merge of expressions. Frozen; see the module's text for an example."""
+
+    @cached_property
+    def key(self) -> str:
+        """A digest of all that the expression says: equal expressions have equal keys.
+
+        An expression may use another many times over, so it is computed once for each.
+        """
+        raise NotImplementedError
+
+    def __eq__(self, other: object) -> bool:
+        return self.key == other.key if isinstance(other, Expression) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.key)
 
     def recipe(self, **output: Any) -> Recipe:
         """The recipe that makes this expression. Raises Refusal.
@@ -94,7 +109,7 @@ class Expression:
         }
         for name in recipe.order():
             step = recipe.steps[name]
-            inputs = tuple(made[used] for used in step.inputs if used)
+            inputs = tuple(made[used] if used else None for used in step.inputs)
             made[name] = _merge(step.method, inputs, step.params, step.rules, step.seed)
         return made[recipe.final]
 
@@ -151,7 +166,7 @@ class Expression:
         return self * -1
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class File(Expression):
     """A model file. `size` and `sha256` are known where a result's recipe told them."""
 
@@ -159,12 +174,16 @@ class File(Expression):
     size: int = 0
     sha256: str = ""
 
+    @cached_property
+    def key(self) -> str:
+        return _digest("file", self.file, self.size, self.sha256)
+
     @property
     def as_model(self) -> Model:
         return Model(self.file, self.size, self.sha256)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Merge(Expression):
     """A merge method applied to expressions; None is an optional one left out before others.
 
@@ -177,12 +196,10 @@ class Merge(Expression):
     rules: tuple[str, ...] = ()
     seed: int = 0
 
-    def __hash__(self) -> int:
-        return self._hash
-
     @cached_property
-    def _hash(self) -> int:  # kept, for an expression may use another many times
-        return hash((self.method, self.inputs, self.params, self.rules, self.seed))
+    def key(self) -> str:
+        inputs = [x and x.key for x in self.inputs]
+        return _digest("merge", self.method, inputs, self.params, self.rules, self.seed)
 
     @property
     def used(self) -> tuple[Expression, ...]:
@@ -211,6 +228,10 @@ class Merge(Expression):
         if self.seed:
             found["seed"] = self.seed
         return found
+
+
+def _digest(*content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _order(wanted: Iterable[Expression]) -> list[Expression]:

@@ -118,16 +118,16 @@ class Recipe(msgspec.Struct, frozen=True):
 
     def order(self) -> tuple[str, ...]:
         """The steps the result needs, each after the steps it uses."""
-        done: list[str] = []
+        done: dict[str, bool] = {}  # name -> whether it is a step
 
         def visit(name: str) -> None:
-            for used in self.uses(name):
-                visit(used)
-            if name in self.steps and name not in done:
-                done.append(name)
+            if name not in done:
+                for used in self.uses(name):
+                    visit(used)
+                done[name] = name in self.steps
 
         visit(self.final)
-        return tuple(done)
+        return tuple(name for name, is_step in done.items() if is_step)
 
 
 def load(path: Path) -> Recipe:

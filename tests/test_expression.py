@@ -1,0 +1,345 @@
+"""Expressions: what recipe they build, and that the merge is the arithmetic they spell."""
+
+import copy
+import json
+import math
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import plymix
+import tiny
+from plymix.errors import Refusal
+from plymix.expression import Expression, merge_method, model
+from plymix.registry import methods
+
+A, B, C, D = (model(f"{n}.safetensors") for n in "abcd")
+
+
+def steps(x: Expression) -> dict[str, tuple]:
+    return {n: (s.method, s.inputs, s.params) for n, s in x.recipe().steps.items()}
+
+
+# --- what is built --------------------------------------------------------------------------------
+
+
+def test_a_model_alone_is_a_recipe_without_steps():
+    recipe = A.recipe(dtype="fp16")
+    assert recipe.steps == {}
+    assert recipe.models["a"].file == "a.safetensors"
+    assert (recipe.final, recipe.output.dtype) == ("a", "fp16")
+
+
+@pytest.mark.parametrize(
+    ("made", "method", "inputs", "params"),
+    [
+        ((A + B) / 2, "linear", ("a", "b"), {"weights": [0.5, 0.5]}),
+        (0.3 * A + B * 0.7, "linear", ("a", "b"), {"weights": [0.3, 0.7]}),
+        (A + B, "linear", ("a", "b"), {"weights": [1, 1], "normalize": False}),
+        (3 * A - 2 * B, "linear", ("a", "b"), {"weights": [3, -2]}),
+        (sum([A, B, C]) / 3, "linear", ("a", "b", "c"), {"weights": [1 / 3] * 3}),
+        (A + A + B, "linear", ("a", "b"), {"weights": [2, 1], "normalize": False}),
+        (A - B, "subtract", ("a", "b"), {}),
+        (0.7 * (A - B), "subtract", ("a", "b"), {"scale": 0.7}),
+        (-(A - B), "subtract", ("a", "b"), {"scale": -1}),
+        (A + 0.7 * (B - C), "add_difference", ("a", "b", "c"), {"alpha": 0.7}),
+        ((B - C) * 0.7 + A, "add_difference", ("a", "b", "c"), {"alpha": 0.7}),
+        (A - (B - C) / 2, "add_difference", ("a", "b", "c"), {"alpha": -0.5}),
+    ],
+)
+def test_arithmetic_is_the_method_that_keeps_its_meaning(made, method, inputs, params):
+    assert steps(made) == {"step1": (method, inputs, params)}
+
+
+def test_nested_arithmetic():
+    made = (A + B) / 2 + 0.7 * (C - D)
+    assert steps(made) == {
+        "step1": ("linear", ("a", "b"), {"weights": [0.5, 0.5]}),
+        "step2": ("add_difference", ("step1", "c", "d"), {"alpha": 0.7}),
+    }
+    both = A + ((B - C) + 2 * (C - D))
+    assert [s[0] for s in steps(both).values()] == ["add_difference"] * 2
+
+
+def test_neutral_operations_change_nothing():
+    assert A * 1 == A / 1 == 0 + A == A
+    assert (A * 49) / 49 == A
+    assert (A + B) / 2 == A / 2 + 0.5 * B
+    assert A.add_difference(B, C, alpha=0.7) == A + 0.7 * (B - C)
+
+
+def test_named_methods_take_what_the_recipe_takes():
+    made = A.weighted_sum(B, alpha="GRAD_V", rules="IN05:attn2:0.3", seed=7)
+    step = made.recipe().steps["step1"]
+    assert (step.method, step.inputs, step.params) == (
+        "weighted_sum",
+        ("a", "b"),
+        {"alpha": "GRAD_V"},
+    )
+    assert (step.rules, step.seed) == (("IN05:attn2:0.3",), 7)
+    assert A.add_difference(B, c=C) == A.add_difference(B, C)
+    ties = A.ties(B, C, density=0.3)
+    assert ties == plymix.merge_method("ties", A, B, C, density=0.3)
+    assert ties.recipe().steps["step1"].inputs == ("a", "b", "c")
+    array = A.weighted_sum(B, alpha=np.linspace(0, 1, 25, dtype=np.float32))
+    assert len(array.recipe().steps["step1"].params["alpha"]) == 25
+
+
+def test_an_optional_model_before_others_may_be_left_out():
+    made = merge_method("multislerp", None, A, B)
+    assert made.recipe().steps["step1"].inputs == ("", "a", "b")
+    assert Expression.from_json(made.to_json()) == made
+    assert made != A.multislerp(A, B)
+
+
+@pytest.mark.parametrize("name", list(methods()))
+def test_every_registered_method_is_a_method(name):
+    method = methods()[name]
+    several = [B, C] if method.variadic else []
+    made = getattr(A, name)(*[B, C, D][: len(method.inputs) - 1], *several)
+    assert made.recipe().steps["step1"].method == name
+    assert Expression.from_json(made.to_json()) == made
+    assert name in dir(A)
+    assert getattr(A, name).__doc__.startswith(method.label)
+
+
+def test_unknown_names_are_named_with_the_nearest():
+    with pytest.raises(AttributeError, match=r"slurp.*slerp"):
+        A.slurp  # noqa: B018
+    with pytest.raises(Refusal, match=r"alhpa.*alpha"):
+        A.slerp(B, alhpa=0.3)
+    with pytest.raises(Refusal, match=r"slurp.*slerp"):
+        merge_method("slurp", A, B)
+    with pytest.raises(Refusal, match=r"dtyp.*dtype"):
+        (A + B).recipe(dtyp="fp16")
+    with pytest.raises(Refusal, match=r"takes a, b; 3 given"):
+        A.slerp(B, C)
+    with pytest.raises(Refusal, match="has no c"):
+        A.add_difference(B)
+    with pytest.raises(Refusal, match=r"model 2 is 'b.ckpt'"):
+        A.slerp("b.ckpt")
+    with pytest.raises(Refusal, match="not a finite"):
+        A * math.nan
+    with pytest.raises(Refusal, match="alpha is <object"):
+        A.slerp(B, alpha=object())
+    for bad in (lambda: A + 1, lambda: A * B, lambda: A * True, lambda: "x" * A, lambda: A - 1):
+        with pytest.raises(TypeError):
+            bad()
+
+
+def test_names_come_from_the_files_and_never_meet():
+    made = model("x/step1.ckpt") + model("y/step1.ckpt") + model("z/blend.ckpt") + model("-.ckpt")
+    recipe = (made / 4).recipe()
+    assert [m.file for m in recipe.models.values()] == [
+        "x/step1.ckpt",
+        "y/step1.ckpt",
+        "z/blend.ckpt",
+        "-.ckpt",
+    ]
+    assert list(recipe.models) == ["step1", "step1-2", "blend-2", "model"]
+    assert list(recipe.steps) == ["step2"]
+    assert plymix.Recipe is type(recipe)
+
+
+def test_a_shared_expression_is_one_step():
+    mix = A.slerp(B)
+    for _ in range(30):  # a tree of 2^30 leaves, were it not shared
+        mix = mix.slerp(mix.maximum(C))
+    assert len(mix.recipe().steps) == 61
+    assert Expression.from_json(mix.to_json()) == mix
+
+
+def test_a_vae_may_be_a_model():
+    recipe = A.slerp(B).recipe(vae=model("v.pt"), text_encoder=B)
+    assert recipe.models[recipe.output.vae].file == "v.pt"
+    assert recipe.output.text_encoder == "b"
+    with pytest.raises(Refusal, match="takes a model file"):
+        A.recipe(vae=A.slerp(B))
+
+
+# --- values ---------------------------------------------------------------------------------------
+
+weights = st.one_of(
+    st.floats(-2, 2),
+    st.sampled_from(["GRAD_V", "ALL_A"]),
+    st.fixed_dictionaries({"base": st.floats(0, 1), "blocks": st.just("GRAD_A")}),
+)
+expressions = st.recursive(
+    st.sampled_from([A, B, C, D]),
+    lambda inner: st.one_of(
+        st.builds(lambda x, y: x + y, inner, inner),
+        st.builds(lambda x, y: x - y, inner, inner),
+        st.builds(lambda x, k: x * k, inner, st.floats(-3, 3)),
+        st.builds(lambda x, y, w: x.weighted_sum(y, alpha=w), inner, inner, weights),
+        st.builds(lambda x, y: x.ties(y, density=0.3, rules=("::0.5",)), inner, inner),
+    ),
+    max_leaves=8,
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(expressions)
+def test_json_round_trip_and_content(x):
+    again = Expression.from_json(x.to_json())
+    assert again == x
+    assert hash(again) == hash(x)
+    assert again.recipe() == x.recipe()
+    assert copy.deepcopy(x) == pickle.loads(pickle.dumps(x)) == x
+    text = repr(x)
+    assert ".safetensors" in text
+    assert text == repr(again)
+
+
+def coefficients(x: Expression, name: str | None = None) -> dict[str, float]:
+    """What a recipe of linear steps does to each model, step by step from their definitions."""
+    recipe = x.recipe()
+
+    def at(name: str) -> np.ndarray:
+        if name in recipe.models:
+            return np.array([1.0 if n == recipe.models[name].file[0] else 0.0 for n in "abcd"])
+        step = recipe.steps[name]
+        v = [at(i) for i in step.inputs]
+        p = step.params
+        match step.method:
+            case "sum":
+                return v[0] + v[1]
+            case "scale":
+                return v[0] * p["scale"]
+            case "subtract":
+                return (v[0] - v[1]) * p.get("scale", 1.0)
+            case "add_difference":
+                return v[0] + p["alpha"] * (v[1] - v[2])
+            case "linear":
+                total = sum(p["weights"]) if p.get("normalize", True) else 1.0
+                return sum(w * x for w, x in zip(p["weights"], v, strict=True)) / total
+        raise AssertionError(step.method)
+
+    return at(recipe.final)
+
+
+ratios = st.integers(-8, 8).map(lambda n: n / 4)
+pairs = st.recursive(
+    st.sampled_from(list(zip((A, B, C, D), np.eye(4), strict=True))),
+    lambda inner: st.one_of(
+        st.builds(lambda x, y: (x[0] + y[0], x[1] + y[1]), inner, inner),
+        st.builds(lambda x, y: (x[0] - y[0], x[1] - y[1]), inner, inner),
+        st.builds(lambda x, k: (x[0] * k, x[1] * k), inner, ratios),
+        st.builds(lambda x, k: (x[0] / k, x[1] / k), inner, ratios.filter(bool)),
+        st.builds(lambda x: (-x[0], -x[1]), inner),
+    ),
+    max_leaves=12,
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(pairs)
+def test_arithmetic_is_linear_algebra(pair):
+    made, expected = pair
+    np.testing.assert_allclose(coefficients(made), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_it_prints_with_file_names():
+    assert repr((A + B) / 2) == "0.5 × a.safetensors + 0.5 × b.safetensors"
+    assert repr(A + 0.7 * (B - C)) == "a.safetensors + 0.7 × (b.safetensors - c.safetensors)"
+    assert repr(model("/secret/a.ckpt") - B) == "a.ckpt - b.safetensors"
+    assert repr(0.5 * (A - B)) == "0.5 × (a.safetensors - b.safetensors)"
+    ruled = repr(A.weighted_sum(B, alpha="GRAD_V", rules=["::0.5"]))
+    assert ruled.endswith("α = GRAD_V, rules = ::0.5")
+
+
+# --- merges ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate("abc"):
+        tiny.write(folder / f"{name}.safetensors", seed=seed, dtype="F32")
+    short = {k: v for k, v in tiny.header(dtype="F32").items() if ".norm3." not in k}
+    tiny.write_safetensors(folder / "short.safetensors", short, tiny.state(short, 9))
+    return folder
+
+
+def floats(path: Path) -> dict[str, np.ndarray]:
+    header, values, _ = tiny.read_safetensors(path)
+    return {k: v.astype(np.float64) for k, v in values.items() if header[k][0] == "F32"}
+
+
+def blended(key: str) -> bool:
+    return key.startswith("model.diffusion_model.")
+
+
+def test_a_merge_is_its_arithmetic(folder, tmp_path):
+    a, b, c = (plymix.model(folder / f"{n}.safetensors") for n in "abc")
+    x = (a + b) / 2 + 0.7 * (b - c)
+    result = plymix.merge(x, tmp_path / "out.safetensors", dtype="fp32")
+    assert str(result.path).endswith("out.safetensors")
+    got = floats(tmp_path / "out.safetensors")
+    va, vb, vc = (floats(folder / f"{n}.safetensors") for n in "abc")
+    for key in filter(blended, got):
+        expected = (va[key] + vb[key]) / 2 + 0.7 * (vb[key] - vc[key])
+        assert np.abs(got[key] - expected).max() <= np.spacing(
+            np.abs(expected).max().astype(np.float32)
+        )
+    plymix.merge(x, out=tmp_path / "again.safetensors", dtype="fp32")
+    assert (tmp_path / "again.safetensors").read_bytes() == (
+        tmp_path / "out.safetensors"
+    ).read_bytes()
+
+
+def test_the_mean_of_two_is_exact(folder, tmp_path):
+    """0.5 A + 0.5 B in float32 equals the float64 mean rounded once, in every element."""
+    a, b = (plymix.model(folder / f"{n}.safetensors") for n in "ab")
+    plymix.merge((a + b) / 2, tmp_path / "out.safetensors")
+    got = tiny.read_safetensors(tmp_path / "out.safetensors")[1]
+    va, vb = (floats(folder / f"{n}.safetensors") for n in "ab")
+    for key in filter(blended, va):
+        assert (got[key] == ((va[key] + vb[key]) / 2).astype(np.float32)).all()
+
+
+def test_a_model_without_a_tensor(folder, tmp_path):
+    """A mean goes on without it; a difference is 0."""
+    a, b, short = (plymix.model(folder / f"{n}.safetensors") for n in ("a", "b", "short"))
+    va, vb = (floats(folder / f"{n}.safetensors") for n in "ab")
+    key = next(k for k in va if ".norm3." in k)
+    cases = {
+        "mean": ((a + short) / 2, va[key]),
+        "three": ((a + b + 2 * short) / 4, (va[key] + vb[key]) / 2),
+        "difference": (a + 0.7 * (b - short), va[key]),
+        "other": (a + 0.7 * (short - b), va[key]),
+        "scaled": (a + merge_method("scale", b - short, scale=0.5), va[key]),
+    }
+    for name, (x, expected) in cases.items():
+        plymix.merge(x, tmp_path / f"{name}.safetensors")
+        got = tiny.read_safetensors(tmp_path / f"{name}.safetensors")[1][key]
+        assert (got == expected.astype(np.float32)).all(), name
+
+
+def test_explain_and_session_take_expressions(folder):
+    a, b = (plymix.model(folder / f"{n}.safetensors") for n in "ab")
+    said = plymix.explain((a + 3 * b) / 4, dtype="fp16")
+    at = {share.block: share.shares for share in said.blocks}
+    assert at["M00"] == {"a.safetensors": 0.25, "b.safetensors": 0.75}
+    assert not any("sum to" in note for note in said.notes)
+    with plymix.Session(a.weighted_sum(b, alpha=0.5)) as session:
+        assert len(session.set("steps.step1.alpha", 0.1)) > 0
+    with pytest.raises(Refusal, match="no second model"):
+        plymix.merge(a, "b.safetensors", "out.safetensors")
+
+
+def test_weights_that_are_not_one_model_are_noted(folder):
+    a, b = (plymix.model(folder / f"{n}.safetensors") for n in "ab")
+    assert any("sum to 2" in note for note in plymix.explain(a + b).notes)
+    assert any("sum to 0.5" in note for note in plymix.explain(a / 2).notes)
+    assert not any("sum to" in note for note in plymix.explain(a.slerp(b)).notes)
+
+
+def test_nothing_is_looked_at_until_asked():
+    x = plymix.model("/nowhere/a.ckpt").slerp(plymix.model("/nowhere/b.ckpt"))
+    assert json.loads(x.to_json())["models"] == {"a": "/nowhere/a.ckpt", "b": "/nowhere/b.ckpt"}
+    with pytest.raises(Refusal, match="nowhere"):
+        plymix.explain(x)
