@@ -70,6 +70,15 @@ def test_every_pair_of_values_that_nearly_cancels(dtype, backend):
 
 
 @each_backend
+@pytest.mark.parametrize("c", [CLASSIC, 0.3, 0.123456789012, 0.62])
+def test_large_values_of_fp16_that_cancel_by_any_amount(c, backend):
+    """B is what comes nearest to cancelling A; what is left lies 2^11 and more below."""
+    a = np.arange(1024, 2048) * 4
+    pair = [coded(a, "F16"), coded(-a * (1 - c) / c, "F16")]
+    check([1 - c, c], pair, "F16", backend)  # one unit in the last place, even here
+
+
+@each_backend
 @given(seed=st.integers(0, 2**32 - 1), count=st.integers(1, 12), out=st.sampled_from(FLOATS[:3]))
 @settings(max_examples=60, deadline=None)
 def test_many_models_of_many_dtypes(backend, seed, count, out):
