@@ -299,7 +299,7 @@ def run(
 
         gpu.require(device)
     tensors, layout = plan.layout(path, metadata.build(plan))
-    late = {metadata.pending(i): _hasher(i.source.path) for i in plan.inputs}
+    late = {metadata.pending(i): _hasher(i.source.files) for i in plan.inputs}
     sources = plan.sources
     if made is not None:
         source, old = made
@@ -332,8 +332,8 @@ def run(
     )
 
 
-def _hasher(path: Path) -> Callable[[Callable[[], bool]], str]:
-    return lambda stopped: hashes.sha256(path, stopped)
+def _hasher(files: Sequence[Path]) -> Callable[[Callable[[], bool]], str]:
+    return lambda stopped: hashes.model_sha256(files, stopped)
 
 
 def explained(plan: Plan) -> Explanation:

@@ -70,7 +70,7 @@ def linear_sum(
         _bits(view).to(device).view(_torch_dtype(dtype))
         for view, (_, dtype) in zip(views, on_cpu.terms, strict=True)
     ]
-    result = (_sum_narrow if on_cpu.narrow else _sum_wide)(on_cpu, tensors)
+    result = (_sum_fused if on_cpu.fused else _sum_wide)(on_cpu, tensors)
     bits = getattr(torch, f"int{8 * result.element_size()}")
     out = result.view(bits).cpu().numpy().view(kernels.NUMPY[out_dtype])
     spoilt = torch.nonzero(torch.isnan(result.float())).flatten().cpu().numpy()
@@ -80,22 +80,26 @@ def linear_sum(
     return out.view(np.uint8)
 
 
-def _sum_narrow(plan: kernels.Sum, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Two terms in float32; those that cancel once more in float64."""
+def _sum_fused(plan: kernels.Sum, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A chain of fused multiply-adds in float32; elements that cancel once more in float64."""
     import torch
 
-    x, y = (tensor.float() for tensor in inputs)
-    (hi0, lo0), (hi1, lo1) = plan._pieces
-    total = _blend(x, y, hi0, hi1)
-    if lo0 or lo1:
-        total = total + _blend(x, y, lo0, lo1)
+    coefficients = [float(np.float32(c)) for c, _ in plan.terms]
+    total = inputs[0].float() * coefficients[0]
+    for x, c in zip(inputs[1:], coefficients[1:], strict=True):
+        total = (x.double() * c + total.double()).float()
     out = total.to(_torch_dtype(plan.out))
-    first, found = (t.view(torch.int16).int() & 0x7FFF for t in (inputs[0], out))
-    again = torch.nonzero(found + int(plan._lost) < first).flatten()
-    (hi0, lo0), (hi1, lo1) = plan._exact
-    x64, y64 = x[again].double(), y[again].double()
-    exact = (x64 * hi0 + y64 * hi1) + (x64 * lo0 + y64 * lo1)
-    out[again] = exact.float().to(out.dtype)
+    codes = [t.view(torch.int16).int() & 0x7FFF for t in (out, *inputs)]
+    lost = plan._lost if len(inputs) > 2 else plan._lost[:1]
+    flags = torch.zeros_like(out, dtype=torch.bool)
+    for code, least in zip(codes[1:], lost, strict=False):
+        flags |= codes[0] + int(least) < code
+    again = torch.nonzero(flags).flatten()
+    high = low = torch.zeros(again.shape, dtype=torch.float64, device=out.device)
+    for x, (hi, lo) in zip(inputs, plan._exact, strict=True):
+        x64 = x[again].double()
+        high, low = high + x64 * hi, low + x64 * lo
+    out[again] = (high + low).float().to(out.dtype)
     return out
 
 
@@ -115,8 +119,8 @@ def _sum_wide(plan: kernels.Sum, inputs: Sequence[torch.Tensor]) -> torch.Tensor
 
 
 def _blend(x: torch.Tensor, y: torch.Tensor, a: float, b: float) -> torch.Tensor:
-    """a*x + b*y as `kernels.Backend.blend` has it: a coefficient 0 ignores y."""
-    return x * a + y * b if b else x * a
+    """a*x + b*y as `kernels.Backend.blend` has it: a coefficient 0 ignores its tensor."""
+    return x * a + y * b if a and b else x * a if a or not b else y * b
 
 
 @cache

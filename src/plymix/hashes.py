@@ -12,7 +12,7 @@ import os
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from plymix.errors import Cancelled
@@ -63,6 +63,18 @@ def sha256(path: Path, stopped: Callable[[], bool] = lambda: False) -> str:
     if _identity(path) == before:
         _remember(before, value)
     return value
+
+
+def model_sha256(files: Sequence[Path], stopped: Callable[[], bool] = lambda: False) -> str:
+    """SHA-256 of a model: of its file, or of a list of its files' SHA-256 where it has several.
+
+    The list is what `sha256sum` prints in the folder that holds them all, in the order of `files`.
+    """
+    if len(files) == 1:
+        return sha256(files[0], stopped)
+    folder = Path(os.path.commonpath([f.parent for f in files]))
+    lines = [f"{sha256(f, stopped)}  {f.relative_to(folder).as_posix()}\n" for f in files]
+    return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def data_sha256(path: Path, start: int) -> str:

@@ -64,14 +64,15 @@ class Unknown(msgspec.Struct, frozen=True):
 class Hashes(msgspec.Struct, frozen=True):
     """Names by which the field's tools know a file; None where the format has no such hash.
 
-    `sha256` is of the whole file and `autov2` its first 10 digits; `autov1` is A1111's old short
-    hash. `sshs_model_hash` is of a safetensors file's data without its header, and `autov3` its
-    first 12 digits. `tensors` is `tensors_hash`: the same for equal tensors in any file.
+    `sha256` is of the whole file (of several: see `hashes.model_sha256`) and `autov2` its first 10
+    digits; `autov1` is A1111's old short hash. `sshs_model_hash` is of a safetensors file's data
+    without its header, and `autov3` its first 12 digits. `tensors` is `tensors_hash`: the same for equal
+    tensors in any file.
     """
 
     sha256: str
-    autov1: str
-    autov2: str
+    autov1: str | None
+    autov2: str | None
     autov3: str | None
     sshs_model_hash: str | None
     tensors: str
@@ -320,9 +321,10 @@ def _hashes(source: Source, detection: Detection) -> Hashes:
 
     from plymix import hashes
 
-    path = source.path
+    path = source.files[0]
+    alone = len(source.files) == 1
     with ThreadPoolExecutor(3) as pool:
-        whole = pool.submit(hashes.sha256, path)
+        whole = pool.submit(hashes.model_sha256, source.files)
         data = None
         if source.format == "safetensors":
             length = bytearray(8)
@@ -333,8 +335,8 @@ def _hashes(source: Source, detection: Detection) -> Hashes:
         model_hash = data.result() if data else None
         return Hashes(
             sha256=whole.result(),
-            autov1=hashes.legacy_hash(path),
-            autov2=whole.result()[:10],
+            autov1=hashes.legacy_hash(path) if alone else None,
+            autov2=whole.result()[:10] if alone else None,
             autov3=model_hash[:12] if model_hash else None,
             sshs_model_hash=model_hash,
             tensors=tensors,

@@ -1,15 +1,18 @@
 """Chunk arithmetic: linear sums and casts on byte buffers, rounded once.
 
-A coefficient c is cut into two pieces of few bits, c = hi + lo, such that hi*x and lo*x are exact.
-The hi products are summed, the lo products are summed, both sums are added and the total is cast.
-No product ever rounds, so it makes no difference whether a processor fuses multiply and add: the
-same bytes on every machine, by either backend.
+Sums of tensors of one 16-bit dtype (nearly every merge) are chains of fused multiply-add in
+float32: the first product rounds, then every step rounds once. Elements whose terms cancel, so that
+float32 would be too coarse for them, are computed again in float64; which they are depends on the
+element alone.
 
-The sum of two tensors of one 16-bit dtype (nearly every merge) is computed in float32; the few
-elements in which the two terms cancel are computed again in float64, as all other sums are.
+All other sums are computed in float64. There a coefficient c is cut into two pieces of few bits,
+c = hi + lo, such that hi*x and lo*x are exact; the hi products are summed, the lo products are
+summed, and both sums are added.
 
-NumKong (https://github.com/ashvardanian/NumKong) does the work where it agrees with the numpy
-reference on this processor; numpy does it elsewhere. `PLYMIX_KERNEL=numpy|numkong` decides by hand.
+Either way it is settled which operations round, so the bytes are the same on every machine and by
+either backend. NumKong (https://github.com/ashvardanian/NumKong) does the work where it agrees with
+the numpy reference on this processor; numpy does it elsewhere. `PLYMIX_KERNEL=numpy|numkong`
+decides by hand.
 """
 
 from __future__ import annotations
@@ -34,13 +37,16 @@ NUMPY = {
 MANTISSA = {"F32": 24, "F16": 11, "BF16": 8, "F8_E4M3": 4, "F8_E5M2": 3}
 """Significant bits, the hidden one counted, of the dtypes whose products can be exact."""
 
-CANCELLED = 13
-"""Powers of two that two terms may lose to each other before float32 is too coarse for them."""
+CANCELLED = 22
+"""A sum's significant bits and the powers of two that its terms lose to each other may be as many
+together before float32 is too coarse for it."""
 
 _KONG = {
     "F64": "float64", "F32": "float32", "F16": "float16",
     "BF16": "bfloat16", "F8_E4M3": "e4m3", "F8_E5M2": "e5m2",
 }  # fmt: skip
+
+_FP8_LARGEST = {"F8_E4M3": 448.0, "F8_E5M2": 57344.0}
 
 Term = tuple[float, str]
 """(coefficient, dtype) of one input of a sum."""
@@ -64,6 +70,15 @@ def _pieces(terms: Sequence[Term], bits: int) -> list[tuple[float, float]]:
     ]
 
 
+def _lost(terms: Sequence[Term], out: str) -> list[Any]:
+    """For each term, how much smaller a code than its own the sum's may be."""
+    step = 1 << (MANTISSA[out] - 1)  # how far apart the codes of x and 2x are
+    most = CANCELLED - MANTISSA[out] - math.ceil(math.log2(len(terms) / 2))
+    return [
+        np.uint16(min(max(step * (most - math.log2(abs(c) or 1.0)), 0), 0x7FFF)) for c, _ in terms
+    ]
+
+
 class Sum:
     """`out = sum(c_i * x_i)` for fixed coefficients and dtypes, on buffers of up to BLOCK elements.
 
@@ -75,17 +90,17 @@ class Sum:
         self.terms = tuple(terms)
         self.out = out
         self.do = backend or best_backend()
+        if any(dtype == "F64" for _, dtype in terms):
+            self.do = Backend()  # float64 products are not exact: fused or not makes a difference
         self.cast = len(terms) == 1 and terms[0][0] == 1.0
-        self.narrow = len(terms) == 2 and out in ("F16", "BF16") and {d for _, d in terms} == {out}
+        self.fused = len(terms) > 1 and out in ("F16", "BF16") and {d for _, d in terms} == {out}
         self._exact = _pieces(terms, 53)
-        rows, compute = (4, np.float32) if self.narrow else (0 if self.cast else 3, np.float64)
-        self._rows = [np.empty(BLOCK, compute) for _ in range(rows)]
+        wide = 0 if self.cast or self.fused else 3
+        self._rows = [np.empty(BLOCK, np.float64) for _ in range(wide)]
         self._single = np.empty(BLOCK, np.float32)
-        if self.narrow:
-            self._pieces = _pieces(terms, 24)
-            step = 1 << (MANTISSA[out] - 1)  # how far apart the codes of x and 2x are
-            lost = CANCELLED - math.log2(abs(terms[0][0]) or 1.0)
-            self._lost = np.uint16(min(max(step * lost, 0), 0x7FFF))
+        if self.fused:
+            self._chain = np.empty(BLOCK if len(terms) > 2 else 0, np.float32)
+            self._lost = _lost(self.terms, out)
             self._codes = [np.empty(BLOCK, np.uint16) for _ in range(2)]
             self._flags = np.zeros(-(-BLOCK // 8) * 8, np.bool_)
 
@@ -97,8 +112,8 @@ class Sum:
         result = np.frombuffer(out, NUMPY[self.out], n)
         if self.cast:
             self._cast(n, views[0], result)
-        elif self.narrow:
-            self._sum_narrow(n, views, result)
+        elif self.fused:
+            self._sum_fused(n, views, result)
         else:
             self._sum_wide(n, views, result)
 
@@ -115,39 +130,58 @@ class Sum:
             self.do.widen(view, dtype, single)
         self.do.narrow(single, self.out, result)
 
-    def _sum_narrow(self, n: int, views: list[Any], result: Any) -> None:
-        """Two terms in float32: one sum of the high pieces, one of the low ones."""
-        do = self.do
-        x, y, high, low = (row[:n] for row in self._rows)
-        (hi0, lo0), (hi1, lo1) = self._pieces
-        do.widen(views[0], self.out, x)
-        do.widen(views[1], self.out, y)
-        do.blend(x, y, hi0, hi1, high)
-        if lo0 or lo1:
-            do.blend(x, y, lo0, lo1, low)
-            do.blend(high, low, 1.0, 1.0, high)
-        do.narrow(high, self.out, result)
-        again = self._cancelled(n, views[0].view(np.uint16), result.view(np.uint16))
+    def _sum_fused(self, n: int, views: list[Any], result: Any) -> None:
+        """Multiply-add after multiply-add in float32; what cancels once more in float64."""
+        do, single = self.do, self._single[:n]
+        (c0, _), (c1, _), *others = self.terms
+        if not others:
+            do.pair(views[0], views[1], c0, c1, self.out, result)
+        else:
+            total = self._chain[:n]
+            do.widen(views[0], self.out, total)
+            do.widen(views[1], self.out, single)
+            do.blend(total, single, c0, c1, total)
+            for view, (c, dtype) in zip(views[2:], others, strict=True):
+                do.widen(view, dtype, single)
+                do.blend(total, single, 1.0, c, total)
+            do.narrow(total, self.out, result)
+        again = self._cancelled(n, [v.view(np.uint16) for v in views], result.view(np.uint16))
         if again.size:
-            (hi0, lo0), (hi1, lo1) = self._exact
-            x64, y64 = x[again].astype(np.float64), y[again].astype(np.float64)
-            total = (hi0 * x64 + hi1 * y64) + (lo0 * x64 + lo1 * y64)
             fixed = np.empty(again.size, result.dtype)
-            do.narrow(total.astype(np.float32), self.out, fixed)
+            do.narrow(self._in_float64(views, again), self.out, fixed)
             result[again] = fixed
 
-    def _cancelled(self, n: int, first: Any, result: Any) -> Any:
-        """Where the sum is smaller than its first term by `CANCELLED` powers of two.
+    def _in_float64(self, views: list[Any], at: Any) -> Any:
+        """The sum of the elements `at`, as float32."""
+        high: Any = 0.0
+        low: Any = 0.0
+        single = np.empty(at.size, np.float32)
+        for view, (hi, lo) in zip(views, self._exact, strict=True):
+            self.do.widen(np.ascontiguousarray(view[at]), self.out, single)
+            x = single.astype(np.float64)
+            high, low = high + hi * x, low + lo * x
+        return (high + low).astype(np.float32)
 
-        Without its sign, the code of a float is its logarithm but for the fraction's curve.
+    def _cancelled(self, n: int, terms: list[Any], result: Any) -> Any:
+        """Where the sum is too many powers of two smaller than one of its terms.
+
+        Without its sign, the code of a float is its logarithm but for the fraction's curve. Of two
+        terms that cancel, one is as good a measure as the other.
         """
         found, of = (row[:n] for row in self._codes)
-        np.bitwise_and(first, 0x7FFF, out=of)
-        if of.max() <= self._lost:  # nothing is large enough, as in most tensors of fp16
-            return of[:0]
-        np.bitwise_and(result, 0x7FFF, out=found)
-        np.add(found, self._lost, out=found)
-        np.less(found, of, out=self._flags[:n])
+        flags = self._flags[:n]
+        flags[:] = False
+        seen = False
+        for x, lost in zip(terms if len(terms) > 2 else terms[:1], self._lost, strict=False):
+            np.bitwise_and(x, 0x7FFF, out=of)
+            if of.max() <= lost:  # nothing is large enough, as in most tensors of fp16
+                continue
+            np.bitwise_and(result, 0x7FFF, out=found)
+            np.add(found, lost, out=found)
+            flags |= found < of
+            seen = True
+        if not seen:
+            return np.empty(0, np.intp)
         self._flags[n:] = False
         # almost all are False: skip them by eights
         eights = np.flatnonzero(self._flags.view(np.uint64) != 0)
@@ -227,18 +261,31 @@ class Backend:
         with np.errstate(over="ignore"):
             np.copyto(out, x, casting="same_kind")
 
+    def pair(self, x: Any, y: Any, a: float, b: float, dtype: str, out: Any) -> None:
+        """`out = a*x + b*y` for two rows of one 16-bit dtype and an `out` of the same."""
+        first, second = np.empty(x.size, np.float32), np.empty(x.size, np.float32)
+        self.widen(x, dtype, first)
+        self.widen(y, dtype, second)
+        self.blend(first, second, a, b, first)
+        self.narrow(first, dtype, out)
+
     def blend(self, x: Any, y: Any, a: float, b: float, out: Any) -> None:
-        """`out = a*x + b*y`; `out` may be either input. A coefficient 0 ignores its row."""
+        """`out = fma(y, b, a*x)`; `out` may be either input. A coefficient 0 ignores its row.
+
+        Only what is fused in float32 needs the care of being done in float64: float64 rows come
+        with coefficients whose products are exact.
+        """
         with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-            if b == 0.0:
-                np.multiply(x, x.dtype.type(a), out=out)
-                return
-            product = y * y.dtype.type(b)
-            if a == 1.0:
-                np.add(x, product, out=out)
-            else:
-                np.multiply(x, x.dtype.type(a), out=out)
+            if b == 0.0 or a == 0.0:
+                np.multiply(*((x, x.dtype.type(a)) if b == 0.0 else (y, y.dtype.type(b))), out=out)
+            elif x.dtype == np.float64:
+                product = y * b
+                np.multiply(x, a, out=out)
                 np.add(out, product, out=out)
+            else:
+                product = y.astype(np.float64) * np.float64(np.float32(b))
+                product += x * np.float32(a)
+                np.copyto(out, product, casting="same_kind")
 
 
 class NumKong(Backend):
@@ -262,8 +309,11 @@ class NumKong(Backend):
     def narrow(self, x: Any, dtype: str, out: Any) -> None:
         if dtype in ("F32", "F64"):
             np.copyto(out, x)
-        else:
-            self._nk.astype(x, _KONG[dtype], out=self._view(out, dtype))
+            return
+        self._nk.astype(x, _KONG[dtype], out=self._view(out, dtype))
+        if dtype in _FP8_LARGEST:  # its NaN and overflow are not what the formats say
+            odd = np.flatnonzero(~(np.abs(x) <= _FP8_LARGEST[dtype]))
+            out[odd] = _to_fp8(x[odd], dtype)
 
     def double(self, x: Any, dtype: str, scratch: Any, out: Any) -> None:
         if dtype == "F64":
@@ -278,10 +328,18 @@ class NumKong(Backend):
         self._nk.astype(x, "float32", out=out)
 
     def blend(self, x: Any, y: Any, a: float, b: float, out: Any) -> None:
-        if b == 0.0:
+        if a == 0.0 or b == 0.0:
             super().blend(x, y, a, b, out)
         else:
             self._nk.blend(x, y, alpha=a, beta=b, out=out)
+
+    def pair(self, x: Any, y: Any, a: float, b: float, dtype: str, out: Any) -> None:
+        if a == 0.0 or b == 0.0:
+            super().pair(x, y, a, b, dtype, out)
+        else:
+            rows = (self._view(row, dtype) for row in (x, y, out))
+            first, second, result = rows
+            self._nk.blend(first, second, _KONG[dtype], alpha=a, beta=b, out=result)
 
 
 @lru_cache(maxsize=1)
@@ -379,8 +437,10 @@ def disagreements(backend: Backend) -> list[str]:
     n = 1031
     found: list[str] = []
     raw = rng.standard_normal(n) * np.exp2(rng.integers(-20, 6, n))
+    raw[:8] = np.nan, np.inf, -np.inf, 1e5, -1e5, -0.0, 65519.9, 1e-8
     rows: dict[str, Any] = {"F32": raw.astype(np.float32), "F64": raw}
-    rows["F16"] = rows["F32"].astype(np.float16)
+    with np.errstate(over="ignore"):
+        rows["F16"] = rows["F32"].astype(np.float16)
     rows["BF16"] = _to_bf16(rows["F32"])
     rows["F8_E4M3"] = rng.integers(0, 256, n).astype(np.uint8)
     rows["F8_E5M2"] = rng.integers(0, 256, n).astype(np.uint8)
@@ -391,27 +451,28 @@ def disagreements(backend: Backend) -> list[str]:
         except Exception as e:
             found.append(f"{what}: {e}")
             return
-        if got.dtype.kind == "f":
-            same = np.array_equal(got, want, equal_nan=True)
-        else:
-            same = np.array_equal(got, want)
-        if not same:
+        if not np.array_equal(got, want):
             found.append(what)
 
     def total(terms: list[Term], out: str) -> Callable[[Backend], Any]:
         def work(do: Backend) -> Any:
-            result = np.empty(n, NUMPY[out])
+            """The result's bits; every NaN is one and the same."""
+            result, wide = np.empty(n, NUMPY[out]), np.empty(n)
             Sum(terms, out, do)(n, [rows[dtype] for _, dtype in terms], result)
-            return result
+            Backend().double(result, out, np.empty(n, np.float32), wide)
+            return np.where(np.isnan(wide), -1, result.view(f"i{result.itemsize}"))
 
         return work
 
-    for dtype in ("F16", "BF16"):
-        compare(f"blend {dtype}", total([(0.5833333333, dtype), (0.4166666667, dtype)], dtype))
-        compare(f"sum {dtype}", total([(1.0, dtype), (0.7, dtype), (-0.7, dtype)], dtype))
-    compare("blend F32", total([(0.7, "F32"), (0.3, "F32")], "F32"))
-    for dtype in ("F8_E4M3", "F8_E5M2"):
-        compare(f"widen {dtype}", total([(1.0, dtype)], "F32"))
-    for dtype in ("F16", "BF16", "F8_E4M3", "F8_E5M2"):
-        compare(f"narrow {dtype}", total([(1.0, "F32")], dtype))
+    with np.errstate(all="ignore"):
+        for dtype in ("F16", "BF16", "F32", "F64"):
+            for out in (dtype, "F32"):
+                pair = [(0.5833333333, dtype), (0.4166666667, dtype)]
+                compare(f"blend {dtype} to {out}", total(pair, out))
+                three = [(1.0, dtype), (0.7, dtype), (-0.7, dtype)]
+                compare(f"sum {dtype} to {out}", total(three, out))
+        for dtype in ("F8_E4M3", "F8_E5M2"):
+            compare(f"widen {dtype}", total([(1.0, dtype)], "F32"))
+        for dtype in ("F16", "BF16", "F8_E4M3", "F8_E5M2"):
+            compare(f"narrow {dtype}", total([(1.0, "F32")], dtype))
     return found

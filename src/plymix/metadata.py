@@ -109,9 +109,10 @@ def _a1111(plan: Plan, recipe: Recipe) -> dict[str, str]:
     for i in plan.inputs:
         models.update(_ancestors(i.source.metadata))
     for i in plan.inputs:
+        files = i.source.files
         models[pending(i)] = {
             "name": i.label,
-            "legacy_hash": hashes.legacy_hash(i.source.path) if i.source.handles else "",
+            "legacy_hash": hashes.legacy_hash(files[0]) if len(files) == 1 else "",
             "sd_merge_recipe": _parsed(i.source.metadata.get("sd_merge_recipe")),
         }
     return {"sd_merge_recipe": json.dumps(said), "sd_merge_models": json.dumps(models)}

@@ -80,7 +80,7 @@ def find(recipe: Recipe, path: Path, folders: Folders) -> dict[str, Path]:
 def _named(model: Model, places: Sequence[Path]) -> Iterator[Path]:
     for place in places:
         candidate = place / model.file
-        if candidate.is_file():
+        if candidate.exists():
             yield candidate
 
 
@@ -97,7 +97,20 @@ def _by_content(model: Model, folders: Folders) -> Path | None:
 
 
 def _is(model: Model, path: Path) -> bool:
-    return path.stat().st_size == model.size and hashes.sha256(path) == model.sha256
+    files = _files(path)
+    size = sum(file.stat().st_size for file in files)
+    return bool(files) and size == model.size and hashes.model_sha256(files) == model.sha256
+
+
+def _files(path: Path) -> tuple[Path, ...]:
+    """The files of the model at `path`: itself, or those of a folder or an index of shards."""
+    if path.is_file() and path.suffix != ".json":
+        return (path,)
+    try:
+        with open_model(path) as source:
+            return source.files
+    except Refusal:
+        return ()
 
 
 def verify(

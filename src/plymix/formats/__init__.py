@@ -99,7 +99,7 @@ def writer_for(path: Path) -> ModuleType:
     if writer is None:
         raise Refusal(
             f"{path.name}: cannot tell the format from the ending {path.suffix!r};"
-            " use .safetensors, .ckpt or .gguf"
+            " use .safetensors or .ckpt (or .gguf)"
         )
     return _module(writer)
 
