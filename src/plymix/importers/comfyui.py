@@ -1,0 +1,222 @@
+"""ComfyUI: the graph of nodes in a result's metadata (`prompt`, `workflow`) or in a JSON file.
+
+From published descriptions: the merge nodes and their arithmetic. `ratio` is the share of model1,
+so alpha = 1 - ratio; a slider of a block node is for the keys that begin with its name, the longest
+name wins, and keys without one follow the first slider. From memory: the order of the values of a
+node in `workflow` (in `prompt` they have names).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from plymix.errors import Refusal
+from plymix.expression import Expression, Merge, merge_method
+from plymix.importers.base import Imported, Record, complement, number
+
+WIDGETS = {
+    "CheckpointLoaderSimple": ("ckpt_name",),
+    "CheckpointLoader": ("config_name", "ckpt_name"),
+    "UNETLoader": ("unet_name", "weight_dtype"),
+    "VAELoader": ("vae_name",),
+    "ModelMergeSimple": ("ratio",),
+    "CLIPMergeSimple": ("ratio",),
+    "ModelMergeBlocks": ("input", "middle", "out"),
+    "ModelMergeSubtract": ("multiplier",),
+    "CLIPMergeSubtract": ("multiplier",),
+    "CLIPSetLastLayer": ("stop_at_clip_layer",),
+    "CheckpointSave": ("filename_prefix",),
+    "ModelSave": ("filename_prefix",),
+}
+"""Values of a node in a workflow, in order."""
+
+
+def _sliders(inputs: int, outputs: int) -> tuple[str, ...]:
+    return (
+        "time_embed.",
+        "label_emb.",
+        *(f"input_blocks.{i}." for i in range(inputs)),
+        *(f"middle_block.{i}." for i in range(3)),
+        *(f"output_blocks.{i}." for i in range(outputs)),
+        "out.",
+    )
+
+
+WIDGETS["ModelMergeSD1"] = WIDGETS["ModelMergeSD2"] = _sliders(12, 12)
+WIDGETS["ModelMergeSDXL"] = _sliders(9, 9)
+
+LABELLED = ("ModelMergeSD1", "ModelMergeSD2")
+"""Nodes with a slider for `label_emb.`, which their models do not have."""
+
+SAMPLING = ("ModelSamplingDiscrete", "ModelSamplingContinuousEDM", "RescaleCFG", "CLIPSetLastLayer")
+"""Nodes that change how a model is used, not its weights."""
+
+Prompt = Mapping[str, Any]
+
+
+def read(record: Record) -> Imported:
+    """The recipe of a graph that saves a checkpoint. Raises Refusal."""
+    prompt = record.fields
+    if "nodes" in prompt:
+        prompt = _from_workflow(prompt)
+    graph = _Graph(record, prompt)
+    record.fields = {}
+    saves = [i for i, node in prompt.items() if _class(node) in ("CheckpointSave", "ModelSave")]
+    if not saves:
+        raise Refusal("ComfyUI: no CheckpointSave node in the graph; nothing says what is merged")
+    if len(saves) > 1:
+        record.note(f"{len(saves)} nodes save a model; the last one is imported")
+    inputs = prompt[saves[-1]]["inputs"]
+    made = graph.at(inputs.get("model"), "model")
+    output: dict[str, Any] = {"title": str(inputs.get("filename_prefix", "")).rpartition("/")[2]}
+    if "clip" in inputs:
+        made, output["text_encoder"] = _with_clip(record, made, graph.at(inputs["clip"], "clip"))
+    if "vae" in inputs:
+        vae = graph.at(inputs["vae"], "vae")
+        if vae != _base(made):
+            output["vae"] = vae
+    return record.done(made, {k: v for k, v in output.items() if v})
+
+
+def _base(x: Expression) -> Expression:
+    while isinstance(x, Merge):
+        x = x.used[0]
+    return x
+
+
+def _with_clip(
+    record: Record, made: Expression, clip: Expression
+) -> tuple[Expression, Expression | str]:
+    """The merge of the models with that of the text encoders, and output.text_encoder."""
+    both = _combined(made, clip)
+    if both is not None:
+        return both, ""
+    if isinstance(clip, Merge):
+        record.note(
+            f"the text encoders are merged as {clip!r}, the models otherwise; here the text"
+            f" encoder is that of {_base(clip)!r}"
+        )
+    return made, _base(clip)
+
+
+def _combined(made: Expression, clip: Expression) -> Expression | None:
+    """One merge that does `made` to the U-Net and `clip` to the text encoder, or None."""
+    if made == clip:
+        return made
+    if not isinstance(made, Merge) or not isinstance(clip, Merge) or made.method != clip.method:
+        return None
+    if len(made.used) != len(clip.used):
+        return None
+    inputs = [_combined(m, c) for m, c in zip(made.used, clip.used, strict=True)]
+    if None in inputs:
+        return None
+    params = dict(made.settings)
+    if made.settings != clip.settings:
+        if made.method not in ("weighted_sum", "add_difference"):
+            return None
+        alpha, base = params["alpha"], clip.settings["alpha"]
+        if alpha != base:
+            params["alpha"] = {"base": base, "default": alpha, "blocks": {}}
+    return merge_method(made.method, *inputs, rules=made.rules, **params)
+
+
+class _Graph:
+    """The expression of each output of each node, made when asked for."""
+
+    def __init__(self, record: Record, prompt: Prompt) -> None:
+        self.record = record
+        self.prompt = prompt
+        self.made: dict[tuple[str, str], Expression] = {}
+        self.open: set[tuple[str, str]] = set()
+
+    def at(self, link: Any, what: str) -> Expression:
+        """What arrives by a link: [node, output number]; `what` is model, clip or vae."""
+        if not isinstance(link, (list, tuple)) or not link or str(link[0]) not in self.prompt:
+            raise Refusal(f"ComfyUI: a {what} input of the graph is not connected")
+        at = (str(link[0]), what)
+        if at in self.open:
+            raise Refusal(f"ComfyUI: the graph goes round in a circle at node {at[0]}")
+        if at not in self.made:
+            self.open.add(at)
+            self.made[at] = self._node(at[0], what)
+            self.open.discard(at)
+        return self.made[at]
+
+    def _node(self, number_of_node: str, what: str) -> Expression:
+        node = self.prompt[number_of_node]
+        kind, inputs = _class(node), node.get("inputs", {})
+        where = f"ComfyUI: {kind} (node {number_of_node})"
+        match kind:
+            case "CheckpointLoaderSimple" | "CheckpointLoader" | "unCLIPCheckpointLoader":
+                return self.record.model(inputs.get("ckpt_name", ""), where)
+            case "UNETLoader":
+                return self.record.model(inputs.get("unet_name", ""), where)
+            case "VAELoader":
+                return self.record.model(inputs.get("vae_name", ""), where)
+            case "ModelMergeAdd" | "CLIPMergeAdd":
+                return self.at(inputs.get(f"{what}1"), what) + self.at(inputs.get(f"{what}2"), what)
+            case "ModelMergeSubtract" | "CLIPMergeSubtract":
+                scale = number(inputs.get("multiplier", 1.0), where)
+                first, second = (self.at(inputs.get(f"{what}{i}"), what) for i in "12")
+                return merge_method("subtract", first, second) * scale
+            case "CLIPMergeSimple" | "ModelMergeSimple":
+                return self._blend(inputs, what, {"": number(inputs.get("ratio", 1.0), where)})
+            case _ if kind in SAMPLING:
+                self.record.note(f"{kind} changes how a model is used; it is not in the recipe")
+                return self.at(inputs.get(what), what)
+            case _ if kind.startswith("ModelMerge") and what == "model":
+                order = WIDGETS.get(kind, tuple(inputs))  # JSON need not keep it
+                sliders = {
+                    name: number(inputs[name], where)
+                    for name in order
+                    if isinstance(inputs.get(name), (int, float)) and not _is_idle(kind, name)
+                }
+                if sliders:
+                    return self._blend(inputs, what, sliders)
+        raise Refusal(f"{where}: plymix does not know what it does to a {what}")
+
+    def _blend(self, inputs: Mapping[str, Any], what: str, sliders: dict[str, float]) -> Expression:
+        """Shares of the first model by the beginnings of keys; the first is for all others."""
+        first, second = (self.at(inputs.get(f"{what}{i}"), what) for i in "12")
+        alphas = {name: complement(ratio) for name, ratio in sliders.items()}
+        default = next(iter(alphas.values()))
+        # In a list of rules the last one that fits wins, here the longest name.
+        rules = [
+            f":diffusion_model.{name}:{alpha!r}"
+            for name, alpha in sorted(alphas.items(), key=lambda item: len(item[0]))
+            if alpha != default
+        ]
+        return merge_method("weighted_sum", first, second, alpha=default, rules=rules)
+
+
+def _is_idle(kind: str, slider: str) -> bool:
+    return kind in LABELLED and slider == "label_emb."
+
+
+def _class(node: Any) -> str:
+    return str(node.get("class_type", "")) if isinstance(node, Mapping) else ""
+
+
+def _from_workflow(workflow: Mapping[str, Any]) -> dict[str, Any]:
+    """A workflow (nodes, links, values in order) as a prompt (nodes with named inputs)."""
+    links = {}
+    for link in workflow.get("links", ()):
+        if isinstance(link, (list, tuple)) and len(link) >= 5:
+            links[link[0]] = [str(link[1]), link[2]]
+    prompt: dict[str, Any] = {}
+    for node in workflow["nodes"]:
+        kind = str(node.get("type", ""))
+        inputs: dict[str, Any] = {}
+        values = node.get("widgets_values") or ()
+        if isinstance(values, Mapping):
+            inputs.update(values)
+        else:
+            inputs.update(zip(WIDGETS.get(kind, ()), values, strict=False))
+        for port in node.get("inputs") or ():
+            if port.get("link") in links:
+                inputs[str(port["name"])] = links[port["link"]]
+        if node.get("mode") in (2, 4) and kind in WIDGETS:
+            raise Refusal(f"ComfyUI: {kind} (node {node.get('id')}) is muted or bypassed")
+        prompt[str(node.get("id"))] = {"class_type": kind, "inputs": inputs}
+    return prompt
