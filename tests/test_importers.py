@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import plymix
 import tiny
+from plymix import cli
 from plymix import recipe as recipes
 from plymix.errors import Refusal
 from plymix.importers import import_recipe
@@ -491,6 +492,20 @@ def test_plymix_carries_its_own(tmp_path):
     x = plymix.model(tmp_path / "a.safetensors").slerp(plymix.model(tmp_path / "b.safetensors"))
     plymix.merge(x, tmp_path / "out.safetensors")
     assert import_recipe(tmp_path / "out.safetensors").recipe.steps == x.recipe().steps
+
+
+def test_the_command(tmp_path, capsys):
+    graph, out = tmp_path / "graph.json", tmp_path / "recipe.toml"
+    graph.write_text(json.dumps(comfy()))
+    assert cli.run(["recipe", "import", str(graph), "-o", str(out), "--model", "b=z.ckpt"]) == 0
+    expected = import_recipe(graph, models={"b": "z.ckpt"})
+    assert recipes.load(out) == expected.recipe
+    assert cli.run(["recipe", "import", str(graph), "-o", str(out)]) == 2
+    assert "--force" in capsys.readouterr().err
+    assert cli.run(["recipe", "import", str(graph), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["notes"] == []
+    assert cli.run(["recipe", "import", str(graph)]) == 0
+    assert recipes.from_toml(capsys.readouterr().out) == import_recipe(graph).recipe
 
 
 # --- TOML -----------------------------------------------------------------------------------------

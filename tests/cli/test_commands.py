@@ -22,7 +22,6 @@ from plymix import errors
 from plymix import recipe as recipes
 from plymix.cli import COMMANDS, app, overview, run
 from plymix.cli.merging import default_name, rest
-from plymix.cli.recipes import to_toml
 
 GRAD_V = [abs(1 - 2 * i / 24) for i in range(25)]
 CLASSIC = (
@@ -399,7 +398,7 @@ def test_toml_reads_back_as_the_same_recipe(models: dict[str, str], alpha: Any, 
     found = recipes.from_dict(
         {"models": models, "steps": {"a mix": step}, "output": {"title": title}}
     )
-    assert recipes.from_toml(to_toml(recipes.to_dict(found))) == found
+    assert recipes.from_toml(recipes.to_toml(found)) == found
 
 
 def test_replay_and_verify(here: Path) -> None:
@@ -663,7 +662,7 @@ def test_help_says_what_the_table_says(name: str, monkeypatch: pytest.MonkeyPatc
     assert summary in ran.out
     assert summary in (app(name).default_command.__doc__ or "")
     assert "Example" in ran.out
-    assert f"{name:<11}  {summary}" in overview()
+    assert f"{name:<{max(map(len, COMMANDS))}}  {summary}" in overview()
     assert max(map(len, ran.out.splitlines())) <= 80
 
 

@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "replay": ("recipes:replay", "Make a result again from the recipe in it, byte for byte."),
     "verify": ("recipes:verify", "Tell whether a result is what its recipe says."),
     "recipe show": ("recipes:show", "Print the recipe that a result carries."),
+    "recipe import": ("recipes:import_", "Turn another tool's record of a merge into a recipe."),
     "inspect": ("looking:inspect", "Show what a model file is and holds."),
     "check": ("looking:check", "Look for damage: NaN, infinities, zeros, bad position ids."),
     "presets": ("looking:presets", "List the block weight presets, or draw one."),
@@ -129,7 +130,7 @@ def _paragraphs(doc: str) -> str:
 
 def _no_command(words: Sequence[str]) -> Refusal:
     if words[0] == "recipe":
-        return unknown("recipe command", " ".join(words[1:2]), ["show"])
+        return unknown("recipe command", " ".join(words[1:2]), ["show", "import"])
     if words[0].startswith("-"):
         return Refusal(f"{words[0]} comes before a command; see plymix --help")
     return unknown("command", words[0], COMMANDS, help="see plymix --help")

@@ -1,12 +1,10 @@
-"""`run`, `recipe show`, `replay` and `verify`."""
+"""`run`, `recipe show`, `recipe import`, `replay` and `verify`."""
 
 from __future__ import annotations
 
-import json as text_json
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from plymix.cli import screen
 from plymix.cli.options import (
@@ -34,6 +32,7 @@ EXAMPLES = {
     "replay": "Example:\n  PROG final.safetensors -o again.safetensors --models ~/models",
     "verify": "Example:\n  PROG final.safetensors --models ~/models",
     "recipe show": "Example:\n  PROG final.safetensors > recipe.toml",
+    "recipe import": "Example:\n  PROG old-merge.safetensors -o recipe.toml",
 }
 
 
@@ -166,36 +165,59 @@ def show(file: Annotated[str, argument("A result of plymix.")], /, *, json: Json
     if json:
         screen.put_json(recipes.to_dict(found))
     else:
-        screen.put(to_toml(recipes.to_dict(found)))
+        screen.put(recipes.to_toml(found).rstrip())
 
 
-# --- TOML ---------------------------------------------------------------------------------------
+def import_(
+    file: Annotated[str, argument("A merged model, a ComfyUI graph, a history or its text.")],
+    /,
+    *,
+    output: Annotated[
+        str, option("The recipe: .toml or .json.", "--output", "-o", default=False, metavar="FILE")
+    ] = "",
+    kind: Annotated[
+        str, option("Whose record it is, where that is not plain.", default=False, metavar="TOOL")
+    ] = "",
+    entry: Annotated[int, option("Line of a history; -1 is the last.", metavar="N")] = -1,
+    model: Annotated[
+        tuple[str, ...],
+        option(
+            "Where a model is, by its name or hash in the record; repeatable.",
+            default=False,
+            metavar="NAME=FILE",
+        ),
+    ] = (),
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Turn another tool's record of a merge into a recipe.
 
+    Reads what A1111, supermerger, Chattiori, MBW-GUI, model-mixer and ComfyUI left in a result, a
+    graph or a history. Weights become the share of the second model; what a recipe cannot say is
+    told.
+    """
+    from plymix import recipe as recipes
+    from plymix.importers import import_recipe
 
-def to_toml(recipe: dict[str, Any]) -> str:
-    """A recipe, as `plymix.recipe.to_dict` gives it, as TOML for people."""
-    tables: list[tuple[str, dict[str, Any]]] = [("models", recipe["models"])]
-    tables += [(f"steps.{_key(name)}", step) for name, step in recipe["steps"].items()]
-    tables.append(("output", recipe["output"]))
-    return "\n\n".join("\n".join(_table(*table)) for table in tables)
-
-
-def _table(name: str, fields: dict[str, Any]) -> Iterator[str]:
-    yield f"[{name}]"
-    for key, value in fields.items():
-        yield f"{_key(key)} = {_value(value)}"
-
-
-def _key(name: str) -> str:
-    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _value(name)
-
-
-def _value(value: Any) -> str:
-    """A value on one line. JSON's spelling is TOML's for all but tables and unprintable letters."""
-    if isinstance(value, dict):
-        inner = ", ".join(f"{_key(k)} = {_value(v)}" for k, v in value.items())
-        return f"{{ {inner} }}" if inner else "{}"
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_value, value))}]"
-    text = text_json.dumps(value, ensure_ascii=False)
-    return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in text)
+    models = {}
+    for text in model:
+        name, _, where = text.partition("=")
+        if not name or not where:
+            raise Refusal(
+                f"--model {text}: write NAME=FILE, as in --model a1b2c3d4e5=a.safetensors"
+            )
+        models[name] = where
+    found = import_recipe(file, kind=kind or None, models=models, entry=entry)
+    for note in found.notes:
+        screen.note(note)
+    toml = recipes.to_toml(found.recipe)
+    if output:
+        path = Path(output).expanduser()
+        if path.exists() and not force:
+            raise Refusal(f"{path} exists; say --force to replace it, or choose another name")
+        as_json = path.suffix.lower() == ".json"
+        path.write_text(recipes.to_json(found.recipe) if as_json else toml, "utf-8")
+    if json:
+        screen.put_json({"recipe": recipes.to_dict(found.recipe), "notes": list(found.notes)})
+    elif not output:
+        screen.put(toml.rstrip())
