@@ -242,6 +242,19 @@ def test_arithmetic_is_linear_algebra(pair):
     np.testing.assert_allclose(coefficients(made), expected, rtol=1e-9, atol=1e-9)
 
 
+def test_content_is_all_that_is_said():
+    same = A.dare_linear(B, weights=[1], density=0.5, rules="::0.5", seed=1)
+    assert same == A.dare_linear(B, density=0.5, weights=(1.0,), rules=["::0.5"], seed=1)
+    others = [
+        B.dare_linear(A, weights=[1], density=0.5, rules="::0.5", seed=1),
+        A.dare_ties(B, weights=[1], density=0.5, rules="::0.5", seed=1),
+        A.dare_linear(B, weights=[1], density=0.6, rules="::0.5", seed=1),
+        A.dare_linear(B, weights=[1], density=0.5, rules="::0.6", seed=1),
+        A.dare_linear(B, weights=[1], density=0.5, rules="::0.5", seed=2),
+    ]
+    assert len({same, *others}) == 6
+
+
 def test_it_prints_with_file_names():
     assert repr((A + B) / 2) == "0.5 × a.safetensors + 0.5 × b.safetensors"
     assert repr(A + 0.7 * (B - C)) == "a.safetensors + 0.7 × (b.safetensors - c.safetensors)"

@@ -437,6 +437,17 @@ def test_comfyui_sliders_by_key(kind, tmp_path):
         assert abs(got[key] - expected).max() < 1e-7, key
 
 
+def test_comfyui_the_longest_slider_wins():
+    prompt = comfy()
+    prompt["3"]["class_type"] = "ModelMergeFlux1"
+    sliders = {"img_in.": 0.5, "double_blocks.0.": 0.25, "double_blocks.": 1.0}
+    prompt["3"]["inputs"] = {"model1": ["1", 0], "model2": ["2", 0], **sliders}
+    assert only_step(read(prompt)).rules == (
+        ":diffusion_model.double_blocks.:0.0",
+        ":diffusion_model.double_blocks.0.:0.75",
+    )
+
+
 def workflow(prompt: dict) -> dict:
     """The same graph as the editor saves it: values in order, links in a table."""
     nodes, links = [], []
@@ -466,7 +477,7 @@ def test_comfyui_workflow_is_the_prompt():
 def test_comfyui_refusals():
     unknown = comfy()
     unknown["3"]["class_type"] = "ModelMergeMagic"
-    unknown["3"]["inputs"].pop("ratio")
+    unknown["3"]["inputs"]["strength"] = 0.5
     lora = comfy(**{"9": {"class_type": "LoraLoader", "inputs": {"model": ["3", 0]}}})
     lora["5"]["inputs"]["model"] = ["9", 0]
     circle = comfy()

@@ -46,6 +46,15 @@ def _sliders(inputs: int, outputs: int) -> tuple[str, ...]:
 WIDGETS["ModelMergeSD1"] = WIDGETS["ModelMergeSD2"] = _sliders(12, 12)
 WIDGETS["ModelMergeSDXL"] = _sliders(9, 9)
 
+SLIDERS = {
+    *("ModelMergeBlocks", "ModelMergeSD1", "ModelMergeSD2", "ModelMergeSDXL"),
+    *("ModelMergeSD3_2B", "ModelMergeSD35_Large", "ModelMergeAuraflow", "ModelMergeFlux1"),
+    *("ModelMergeMochiPreview", "ModelMergeLTXV", "ModelMergeCosmos7B", "ModelMergeCosmos14B"),
+    *("ModelMergeCosmosPredict2_2B", "ModelMergeCosmosPredict2_14B", "ModelMergeWAN2_1"),
+    "ModelMergeQwenImage",
+}
+"""Nodes with one ratio for each group of keys."""
+
 LABELLED = ("ModelMergeSD1", "ModelMergeSD2")
 """Nodes with a slider for `label_emb.`, which their models do not have."""
 
@@ -165,7 +174,7 @@ class _Graph:
             case _ if kind in SAMPLING:
                 self.record.note(f"{kind} changes how a model is used; it is not in the recipe")
                 return self.at(inputs.get(what), what)
-            case _ if kind.startswith("ModelMerge") and what == "model":
+            case _ if kind in SLIDERS and what == "model":
                 order = WIDGETS.get(kind, tuple(inputs))  # JSON need not keep it
                 sliders = {
                     name: number(inputs[name], where)
