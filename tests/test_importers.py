@@ -519,6 +519,46 @@ def test_the_command(tmp_path, capsys):
     assert recipes.from_toml(capsys.readouterr().out) == import_recipe(graph).recipe
 
 
+junk = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=4,
+)
+
+
+def places(value, path=()):
+    """Every place of a JSON document, itself among them."""
+    yield path
+    if isinstance(value, (dict, list)):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from places(value[key], (*path, key))
+
+
+DOCUMENTS = [
+    comfy(),
+    workflow(comfy()),
+    SUPERMERGER,
+    json.loads(a1111()["sd_merge_recipe"]),
+    {"sd_merge_recipe": a1111()["sd_merge_recipe"], "sd_merge_models": KNOWN},
+]
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data(), st.sampled_from(DOCUMENTS), junk)
+def test_a_damaged_record_is_refused_or_read(data, document, value):
+    document = json.loads(json.dumps(document))
+    path = data.draw(st.sampled_from([p for p in places(document) if p]))
+    at = document
+    for key in path[:-1]:
+        at = at[key]
+    at[path[-1]] = value
+    try:
+        found = import_recipe(json.dumps(document))
+    except Refusal:
+        return
+    assert recipes.from_json(recipes.to_json(found.recipe)) == found.recipe
+
+
 # --- TOML -----------------------------------------------------------------------------------------
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)

@@ -106,10 +106,10 @@ def shown(value: Any) -> str:
 def number(value: Any, where: str) -> float:
     try:
         found = float(value)
-    except (TypeError, ValueError):
-        raise Refusal(f"{where} is {value!r}, not a number") from None
+    except (TypeError, ValueError, OverflowError):
+        raise Refusal(f"{where} is {shown(value)}, not a number") from None
     if isinstance(value, bool) or not math.isfinite(found):
-        raise Refusal(f"{where} is {value!r}, not a number")
+        raise Refusal(f"{where} is {shown(value)}, not a number")
     return found
 
 

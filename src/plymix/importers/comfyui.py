@@ -76,7 +76,7 @@ def read(record: Record) -> Imported:
         raise Refusal("ComfyUI: no CheckpointSave node in the graph; nothing says what is merged")
     if len(saves) > 1:
         record.note(f"{len(saves)} nodes save a model; the last one is imported")
-    inputs = prompt[saves[-1]]["inputs"]
+    inputs = _inputs(prompt[saves[-1]])
     made = graph.at(inputs.get("model"), "model")
     output: dict[str, Any] = {"title": str(inputs.get("filename_prefix", "")).rpartition("/")[2]}
     if "clip" in inputs:
@@ -154,7 +154,7 @@ class _Graph:
 
     def _node(self, number_of_node: str, what: str) -> Expression:
         node = self.prompt[number_of_node]
-        kind, inputs = _class(node), node.get("inputs", {})
+        kind, inputs = _class(node), _inputs(node)
         where = f"ComfyUI: {kind} (node {number_of_node})"
         match kind:
             case "CheckpointLoaderSimple" | "CheckpointLoader" | "unCLIPCheckpointLoader":
@@ -207,25 +207,30 @@ def _class(node: Any) -> str:
     return str(node.get("class_type", "")) if isinstance(node, Mapping) else ""
 
 
+def _inputs(node: Any) -> Mapping[str, Any]:
+    found = node.get("inputs") if isinstance(node, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
+
+
+def _rows(value: Any, kind: type) -> list[Any]:
+    """The entries of a list that are of a kind."""
+    return [v for v in value if isinstance(v, kind)] if isinstance(value, list) else []
+
+
 def _from_workflow(workflow: Mapping[str, Any]) -> dict[str, Any]:
     """A workflow (nodes, links, values in order) as a prompt (nodes with named inputs)."""
-    links = {}
-    for link in workflow.get("links", ()):
-        if isinstance(link, (list, tuple)) and len(link) >= 5:
-            links[link[0]] = [str(link[1]), link[2]]
+    links = {str(k[0]): [str(k[1]), k[2]] for k in _rows(workflow.get("links"), list) if k[4:]}
     prompt: dict[str, Any] = {}
-    for node in workflow["nodes"]:
+    for node in _rows(workflow.get("nodes"), dict):
         kind = str(node.get("type", ""))
-        inputs: dict[str, Any] = {}
-        values = node.get("widgets_values") or ()
-        if isinstance(values, Mapping):
-            inputs.update(values)
-        else:
-            inputs.update(zip(WIDGETS.get(kind, ()), values, strict=False))
-        for port in node.get("inputs") or ():
-            if port.get("link") in links:
-                inputs[str(port["name"])] = links[port["link"]]
         if node.get("mode") in (2, 4) and kind in WIDGETS:
             raise Refusal(f"ComfyUI: {kind} (node {node.get('id')}) is muted or bypassed")
+        values = node.get("widgets_values")
+        if isinstance(values, list):
+            values = dict(zip(WIDGETS.get(kind, ()), values, strict=False))
+        inputs = dict(values) if isinstance(values, Mapping) else {}
+        for port in _rows(node.get("inputs"), dict):
+            if str(port.get("link")) in links:
+                inputs[str(port.get("name"))] = links[str(port.get("link"))]
         prompt[str(node.get("id"))] = {"class_type": kind, "inputs": inputs}
     return prompt

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from plymix.errors import Refusal, unknown
-from plymix.importers.base import Imported, Record, block_weights, merged
+from plymix.importers.base import Imported, Record, block_weights, merged, number
 
 MODES = {
     "weight sum": ("weighted_sum", 2, ("alpha",)),
@@ -90,10 +90,12 @@ def read(record: Record) -> Imported:
 
 def _weight(record: Record, param: str, blocks: bool) -> Any:
     listed = record.take(f"weights_{param}")
+    said = record.take(f"base_{param}")
+    where = f"supermerger: base_{param}"
     if not blocks:
-        return record.number(f"base_{param}")
-    base = record.take(f"base_{param}")
-    return block_weights(listed, None if base == "" else float(base), f"supermerger: {param}")
+        return number(said, where)
+    base = None if said == "" else number(said, where)
+    return block_weights(listed, base, f"supermerger: weights_{param}")
 
 
 def from_row(row: dict[str, str]) -> dict[str, Any]:
