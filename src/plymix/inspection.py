@@ -66,8 +66,8 @@ class Hashes(msgspec.Struct, frozen=True):
 
     `sha256` is of the whole file (of several: see `hashes.model_sha256`) and `autov2` its first 10
     digits; `autov1` is A1111's old short hash. `sshs_model_hash` is of a safetensors file's data
-    without its header, and `autov3` its first 12 digits. `tensors` is `tensors_hash`: the same for equal
-    tensors in any file.
+    without its header, and `autov3` its first 12 digits. `tensors` is `tensors_hash`: the same for
+    equal tensors in any file.
     """
 
     sha256: str
