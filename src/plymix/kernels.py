@@ -101,7 +101,7 @@ class Sum:
         if self.fused:
             self._chain = np.empty(BLOCK if len(terms) > 2 else 0, np.float32)
             self._lost = _lost(self.terms, out)
-            self._codes = [np.empty(BLOCK, np.uint16) for _ in range(2)]
+            self._codes = np.empty(BLOCK, np.uint16)
             self._flags = np.zeros(-(-BLOCK // 8) * 8, np.bool_)
 
     def __call__(self, n: int, inputs: Sequence[Any], out: Any) -> None:
@@ -168,25 +168,26 @@ class Sum:
         Without its sign, the code of a float is its logarithm but for the fraction's curve. Of two
         terms that cancel, one is as good a measure as the other.
         """
-        found, of = (row[:n] for row in self._codes)
-        flags = self._flags[:n]
-        flags[:] = False
-        seen = False
-        for x, lost in zip(terms if len(terms) > 2 else terms[:1], self._lost, strict=False):
-            np.bitwise_and(x, 0x7FFF, out=of)
-            if of.max() <= lost:  # nothing is large enough, as in most tensors of fp16
-                continue
-            np.bitwise_and(result, 0x7FFF, out=found)
-            np.add(found, lost, out=found)
-            flags |= found < of
-            seen = True
-        if not seen:
+        found = self._codes[:n]
+        measured = list(zip(terms if len(terms) > 2 else terms[:1], self._lost, strict=False))
+        most = 0  # what a sum must be smaller than for any of the terms to make it a suspect
+        for x, lost in measured:
+            largest = max(int(x.view(np.int16).max()), int(x.max()) & 0x7FFF)
+            most = max(most, largest - int(lost))
+        if most <= 0:
             return np.empty(0, np.intp)
+        np.bitwise_and(result, 0x7FFF, out=found)
+        np.less(found, most, out=self._flags[:n])
         self._flags[n:] = False
         # almost all are False: skip them by eights
         eights = np.flatnonzero(self._flags.view(np.uint64) != 0)
         near = (eights[:, None] * 8 + np.arange(8)).ravel()
-        return near[self._flags[near]]
+        near = near[self._flags[near]]
+        small = found[near].astype(np.int32)
+        guilty = np.zeros(near.size, np.bool_)
+        for x, lost in measured:
+            guilty |= small + int(lost) < (x[near] & 0x7FFF)
+        return near[guilty]
 
     def _sum_wide(self, n: int, views: list[Any], result: Any) -> None:
         """Any number of terms in float64."""

@@ -486,6 +486,13 @@ def test_a_header_without_end(tmp_path):
     assert "goes on beyond" in refused(path)
 
 
+def test_texts_in_arrays_are_counted_together(tmp_path, monkeypatch):
+    words = [(f"k{i}", ARRAY, (STRING, ["w"] * 6)) for i in range(2)]
+    assert contents(file(tmp_path, [GOOD], words)).keys() == {"x"}
+    monkeypatch.setattr(gguf, "MAX_STRINGS", 11)
+    assert "claims 6 texts" in refused(file(tmp_path, [GOOD], words))
+
+
 @given(st.data())
 @settings(max_examples=250, deadline=None)
 def test_a_damaged_file_is_refused_or_means_what_it_says(tmp_path_factory, data):
@@ -670,6 +677,24 @@ def test_a_packed_base_is_kept_in_fp16(tmp_path):
     assert raw == values.astype(np.float16).tobytes()
     with open_model(out) as source:
         assert any(k.startswith("plymix.") for k in source.metadata)
+
+
+def test_the_engine_packs_what_it_only_copies(tmp_path):
+    """Also where the tensor before the first packed one ends with the file's plain part."""
+    x, bias = rows(1, 128).reshape(64, 64), draw("F32", (64,))
+    save(tmp_path / "a.safetensors", {"b": bias, "w": ("F32", x)})
+    files = dict.fromkeys("ab", tmp_path / "a.safetensors")
+    with plan.build(recipe(files, 0.0)) as planned:
+        layout = gguf.layout(
+            gguf.packed([Entry("b", "F32", (64,)), Entry("w", "F32", x.shape)]), {}
+        )
+        placed = [engine.replace(t, offset=layout.offsets[t.name]) for t in planned.tensors]
+        assert len(engine.items(placed)) == 2
+        engine.write(placed, planned.sources, layout, tmp_path / "m.gguf")
+    assert (tmp_path / "m.gguf").stat().st_size == layout.size
+    found = contents(tmp_path / "m.gguf")
+    assert found["b"][3] == bias[1].tobytes()
+    assert found["w"][3] == Q8_0.decode(encode_q8_0(x.reshape(-1, 32))).tobytes()
 
 
 def test_the_engine_writes_packed_tensors(tmp_path):
