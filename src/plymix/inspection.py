@@ -189,7 +189,7 @@ def _amount(rows: Iterable[Row]) -> Amount:
         tensors += 1
         parameters += 0 if place and place.buffer else info.numel
         nbytes += info.nbytes
-        dtypes[info.dtype] += 1
+        dtypes[info.encoding or info.dtype] += 1
     return Amount(tensors, parameters, nbytes, dict(dtypes.most_common()))
 
 
