@@ -159,7 +159,7 @@ def test_an_index_of_itself_and_of_other_kinds(tmp_path):
     """No index within an index, and no folder: a loop would have no end."""
     index = model(tmp_path / "m")
     (tmp_path / "m" / "folder").mkdir()
-    for shard, word in ((INDEX, "none of"), ("folder", "not beside it")):
+    for shard, word in ((INDEX, "is neither"), ("folder", "not beside it")):
         rewritten(index, homes(t0=shard))
         assert word in refused(index)
 

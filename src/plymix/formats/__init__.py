@@ -89,7 +89,7 @@ def open_file(path: Path, readers: Sequence[str] = READERS) -> Source:
             source: Source = reader.open_file(path)
             return source
     raise FormatError(
-        f"{path.name} is none of safetensors, torch checkpoint and GGUF: {_looks_like(head)}"
+        f"{path.name} is neither safetensors nor a torch checkpoint nor GGUF: {_looks_like(head)}"
     )
 
 
