@@ -49,7 +49,10 @@ SPAN = 16 << 20
 """Bytes of output per work item at most."""
 
 CHUNK = 1 << 17
-"""Elements read and computed at a time within an item."""
+"""Elements of an element-wise method read and computed at a time within an item."""
+
+ROOM = 2 << 20
+"""Bytes of all buffers together that a sum is computed in; they stay in the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -355,8 +358,10 @@ class Worker:
             self._sums.clear()  # spans with equal coefficients come one after the other
             total = self._sums[key] = kernels.Sum(*key)
         size = BITS[item.dtype] // 8
-        for start in range(0, item.numel, CHUNK):
-            n = min(CHUNK, item.numel - start)
+        fits = ROOM // (size + sum(o.size for o in item.operands))
+        chunk = max(kernels.BLOCK, fits - fits % kernels.BLOCK)
+        for start in range(0, item.numel, chunk):
+            n = min(chunk, item.numel - start)
             inputs = []
             for i, o in enumerate(item.operands):
                 buffer = self.buffer(i + 1, n * o.size)

@@ -37,7 +37,7 @@ NUMPY = {
 MANTISSA = {"F32": 24, "F16": 11, "BF16": 8, "F8_E4M3": 4, "F8_E5M2": 3}
 """Significant bits, the hidden one counted, of the dtypes whose products can be exact."""
 
-CANCELLED = 22
+CANCELLED = 23
 """A sum's significant bits and the powers of two that its terms lose to each other may be as many
 together before float32 is too coarse for it."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from inspect import signature
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
@@ -13,10 +14,15 @@ Dtype = Literal["keep", "fp32", "fp16", "bf16"]
 Device = Literal["cpu", "cuda"]
 
 
+def _named(metavar: str | None) -> dict[str, Any]:
+    """How a value is called in the help. cyclopts 4, the last for Python 3.10, cannot say it."""
+    return {"metavar": metavar} if "metavar" in signature(Parameter).parameters else {}
+
+
 def option(help: str, *names: str, default: bool = True, metavar: str | None = None) -> Parameter:
     """An option with its help line; `default=False` keeps a default that says nothing out of it."""
     return Parameter(
-        name=list(names) or None, help=help, show_default=default, metavar=metavar, negative=()
+        name=list(names) or None, help=help, show_default=default, negative=(), **_named(metavar)
     )
 
 
@@ -30,9 +36,9 @@ def weight(help: str, *names: str, metavar: str, default: bool = True) -> Parame
     return Parameter(
         name=list(names) or None,
         help=help,
-        metavar=metavar,
         show_default=default,
         allow_leading_hyphen=True,
+        **_named(metavar),
     )
 
 
