@@ -8,6 +8,7 @@ import warnings
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 import plymix
 import tiny
@@ -15,6 +16,7 @@ from plymix import cli
 from plymix import recipe as recipes
 from plymix.errors import Refusal
 from plymix.importers import import_recipe
+from plymix.recipe import Model
 
 SHA_A, SHA_B, SHA_C = ("a1" * 32, "b2" * 32, "c3" * 32)
 KNOWN = {
@@ -109,7 +111,9 @@ def test_the_same_bytes_from_a1111_and_comfyui(tmp_path):
             tmp_path / f"{name}-old.safetensors", header, tiny.state(header), metadata
         )
         files[name] = tmp_path / f"{name}.safetensors"
-        plymix.merge(import_recipe(carrier).recipe, files[name], models=[str(tmp_path)])
+        found = import_recipe(carrier).recipe
+        models = {n: Model(m.file) for n, m in found.models.items()}  # the hashes are made up
+        plymix.merge(replace(found, models=models), files[name], models=[str(tmp_path)])
     assert files["web"].read_bytes() == files["comfy"].read_bytes()
     a, b, got = (
         tiny.read_safetensors(p)[1]
@@ -601,3 +605,28 @@ def test_toml_round_trip(names, file, title, alpha, seed):
 def test_toml_is_readable():
     text = recipes.to_toml(read(a1111()).recipe)
     assert '[steps.step1]\nmethod = "weighted_sum"\na = "a"\nb = "b"\nalpha = 0.7' in text
+
+
+def test_a_model_that_is_not_the_one_the_recipe_names_is_refused(tmp_path):
+    for seed, name in enumerate("ab"):
+        tiny.write(tmp_path / f"{name}.safetensors", seed=seed)
+    found = recipes.from_dict(
+        {
+            "models": {
+                "a": "a.safetensors",
+                "b": {"file": "b.safetensors", "sha256": SHA_B},
+            },
+            "steps": {"s": {"method": "weighted_sum", "a": "a", "b": "b"}},
+        }
+    )
+    with pytest.raises(Refusal, match=r"b\.safetensors is not the file .* b2b2b2b2b2"):
+        plymix.merge(found, tmp_path / "out.safetensors", models=[str(tmp_path)])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
+    sized = recipes.from_dict(
+        {
+            **recipes.to_dict(found),
+            "models": {"a": "a.safetensors", "b": {"file": "b.safetensors", "size": 5}},
+        }
+    )
+    with pytest.raises(Refusal, match="written for a b.safetensors of 5"):
+        plymix.explain(sized, models=[str(tmp_path)])

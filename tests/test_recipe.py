@@ -235,3 +235,28 @@ def test_from_metadata():
     )
     with pytest.raises(Refusal, match="x carries no"):
         recipe.from_metadata({}, "x")
+
+
+@pytest.mark.parametrize(
+    "alpha",
+    [
+        0.5,
+        "GRAD_V",
+        [0.1] * 25,
+        {"curve": "cosine"},
+        {"base": 0.2, "blocks": {"IN00": 0.1}},
+        {"blocks": {"curve": "cosine"}},
+    ],
+)
+def test_one_block_can_be_set_however_the_weight_is_written(alpha):
+    models = {"a": "a.safetensors", "b": "b.safetensors"}
+    step = {"method": "weighted_sum", "a": "a", "b": "b", "alpha": alpha}
+    before = recipe.from_dict({"models": models, "steps": {"s": step}})
+    after = recipe.with_setting(before, "steps.s.alpha.blocks.IN05", "0.9")
+    after = recipe.with_setting(after, "steps.s.alpha.blocks.IN05", "0.3")
+    found = after.steps["s"]
+    if found.rules:
+        assert found.rules == ("IN05::0.3",)
+    else:
+        assert found.params["alpha"]["blocks"]["IN05"] == 0.3
+    assert recipe.from_json(recipe.to_json(after)) == after

@@ -23,7 +23,7 @@ from plymix import recipe as recipes
 from plymix.errors import Refusal, unknown
 from plymix.expr import Leaf
 from plymix.formats import Source, open_model, writer_for
-from plymix.plan import Plan, available_cpus
+from plymix.plan import Input, Plan, available_cpus
 from plymix.recipe import BLEND, Recipe
 from plymix.registry import get_method
 
@@ -299,7 +299,7 @@ def run(
 
         gpu.require(device)
     tensors, layout = plan.layout(path, metadata.build(plan))
-    late = {metadata.pending(i): _hasher(i.source.files) for i in plan.inputs}
+    late = {metadata.pending(i): _hasher(i.source.files, plan.recipe, i) for i in plan.inputs}
     sources = plan.sources
     if made is not None:
         source, old = made
@@ -332,8 +332,20 @@ def run(
     )
 
 
-def _hasher(files: Sequence[Path]) -> Callable[[Callable[[], bool]], str]:
-    return lambda stopped: hashes.model_sha256(files, stopped)
+def _hasher(files: Sequence[Path], recipe: Recipe, i: Input) -> Callable[[Callable[[], bool]], str]:
+    """Computes the SHA-256 of an input, and refuses it if the recipe names another one."""
+    known = recipe.models[i.name].sha256
+
+    def value(stopped: Callable[[], bool]) -> str:
+        found = hashes.model_sha256(files, stopped)
+        if known and found != known.lower():
+            raise Refusal(
+                f"{i.label} is not the file that the recipe names: its SHA-256 begins"
+                f" {found[:10]}, not {known[:10]}; nothing was written"
+            )
+        return found
+
+    return value
 
 
 def explained(plan: Plan) -> Explanation:

@@ -179,8 +179,14 @@ def build(
 
     def open_counted(name: str) -> Source:
         known = (paths or {}).get(name)
-        source = open_file(known or locate(recipe.models[name].file, folders))
+        model = recipe.models[name]
+        source = open_file(known or locate(model.file, folders))
         opened.append(source)
+        if model.size and source.nbytes != model.size:
+            raise Refusal(
+                f"{source.path} has {source.nbytes:,} bytes; the recipe was written for a"
+                f" {model.file} of {model.size:,}"
+            )
         return source
 
     try:
@@ -213,6 +219,7 @@ class _Planner:
         self.inputs: list[Input] = []
         self.by_name: dict[str, Input] = {}
         self.notes: list[str] = []
+        self.known: dict[tuple[str, str], tuple[Expr, tuple[int, ...]] | None] = {}
         self.lacking: dict[str, list[str]] = {}  # what a missing tensor led to -> keys
 
     def plan(self) -> Plan:
@@ -552,6 +559,12 @@ class _Planner:
 
     def _value(self, name: str, key: str, place: Place) -> tuple[Expr, tuple[int, ...]] | None:
         """What model or step `name` has at `key`, and its shape; None: it has no such tensor."""
+        if (name, key) not in self.known:
+            self.known = {at: v for at, v in self.known.items() if at[1] == key}
+            self.known[name, key] = self._made(name, key, place)
+        return self.known[name, key]
+
+    def _made(self, name: str, key: str, place: Place) -> tuple[Expr, tuple[int, ...]] | None:
         if name in self.by_name:
             leaf = self._leaf(self.by_name[name], key)
             return None if leaf is None else (leaf, leaf.info.shape)
@@ -577,14 +590,18 @@ class _Planner:
         key: str,
         present: list[tuple[int, tuple[Expr, tuple[int, ...]]]],
         lost: list[int],
-    ) -> tuple[Expr, tuple[int, ...]]:
+    ) -> tuple[Expr, tuple[int, ...]] | None:
         """A step that lacks an input at `key` gives its first one unchanged, or difference 0."""
         names = settings.step.inputs
         if settings.method.delta:
             expr, shape = present[0][1]
             self._lack(f"left out of a difference: not in {names[lost[0]]}", key)
             return Sum(((0.0, expr),)), shape
-        self._lack(f"taken from {names[present[0][0]]}: not in {names[lost[0]]}", key)
+        first = names[present[0][0]]
+        if first in self.settings and self.settings[first].method.delta:
+            self._lack(f"left out: only a difference ({first}) has them", key)
+            return None
+        self._lack(f"taken from {first}: not in {names[lost[0]]}", key)
         return present[0][1]
 
     def _lack(self, what: str, key: str) -> None:

@@ -284,7 +284,8 @@ def _step(name: str, found: Any) -> Step:
         rules = [rules]
     if not isinstance(rules, list) or not all(isinstance(r, str) for r in rules):
         raise Refusal(f'{where}.rules is not a list of texts such as "IN05-OUT03:attn2:0.3"')
-    seed = found.pop("seed", 0)
+    own_seed = any(p.name == "seed" for p in method.params)
+    seed = 0 if own_seed else found.pop("seed", 0)
     if type(seed) is not int:
         raise Refusal(f"{where}.seed = {seed!r} is not a whole number")
     known = [p.name for p in method.params]
@@ -392,7 +393,11 @@ def from_metadata(metadata: Mapping[str, str], where: str) -> Recipe:
 
 
 def with_setting(recipe: Recipe, path: str, text: str) -> Recipe:
-    """`--set steps.mix.alpha.base=0.3`: the recipe with one value replaced."""
+    """`--set steps.mix.alpha.base=0.3`: the recipe with one value replaced.
+
+    `steps.mix.alpha.blocks.IN05=0.3` works for every way to write a weight: where the blocks are a
+    preset, a list or a curve, it becomes a rule of the step, which wins over them.
+    """
     found = to_dict(recipe)
     keys = path.split(".")
     try:
@@ -400,11 +405,14 @@ def with_setting(recipe: Recipe, path: str, text: str) -> Recipe:
     except ValueError:
         value = text
     at: Any = found
+    weight = keys[2] if keys[0] == "steps" and len(keys) > 3 else None
     for key in keys[:-1]:
         if not isinstance(at, dict) or key not in at:
             raise unknown(f"field on the way to {path}", key, at if isinstance(at, dict) else [])
-        if keys[0] == "steps" and key == keys[-2] and not isinstance(at[key], dict):
+        if key == weight and _is_curve(at[key]):
             at[key] = _opened(at[key])
+        if weight and key == "blocks" == keys[-2] and _is_curve(at[key]):
+            return from_dict(_with_rule(found, keys, value))
         at = at[key]
     if not isinstance(at, dict):
         raise Refusal(f"--set {path}: {'.'.join(keys[:-1])} is not a table")
@@ -412,9 +420,25 @@ def with_setting(recipe: Recipe, path: str, text: str) -> Recipe:
     return from_dict(found)
 
 
+def _with_rule(found: dict[str, Any], keys: list[str], value: Any) -> dict[str, Any]:
+    """`steps.S.P.blocks.B = value` as the rule `B::value` of the step S."""
+    step = found["steps"][keys[1]]
+    ruled = next(p.name for p in get_method(step["method"]).params if p.type is float)
+    if keys[2] != ruled:
+        raise Refusal(f"--set {'.'.join(keys)}: rules set {ruled}, not {keys[2]}")
+    others = [r for r in step.get("rules", []) if not r.startswith(f"{keys[4]}::")]
+    step["rules"] = [*others, f"{keys[4]}::{value}"]
+    return found
+
+
+def _is_curve(blocks: Any) -> bool:
+    """Whether `blocks` is anything but a table of block names: preset, list, or curve."""
+    return not isinstance(blocks, dict) or "curve" in blocks
+
+
 def _opened(weight: Any) -> dict[str, Any]:
     """A weight written as a number, a preset or a list, as the table that says the same."""
-    if isinstance(weight, (int, float)):
+    if isinstance(weight, (int, float)) and not isinstance(weight, bool):
         return {"base": weight, "default": weight, "blocks": {}}
     return {"blocks": weight}
 

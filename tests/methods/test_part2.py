@@ -762,7 +762,7 @@ def test_every_method_of_the_index_is_there():
         breadcrumbs breadcrumbs_ties model_stock sce arcee_fusion ram ramplus_tl geometric_median
         median ties_stock ties_gmedian ties_dare rotate truncate_rank truncate_kronecker polar
         pop_lora tsv_m iso_c iso_cts knots wudi rebasin randperm balance_attention clip_xor turbo
-        deturbo"""
+        deturbo cfg_sens vae_saturation"""
     assert set(wanted.split()) == set(registered())
     for method in registered().values():
         again = _read(

@@ -18,6 +18,7 @@ arrays at a time; a "group" method (re-basin) asks for the keys it needs togethe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -54,7 +55,7 @@ def model_weights(
     ws = [float(w) for w in weights] or [default] * count
     if not normalize:
         return ws
-    total = sum(ws)
+    total = math.fsum(ws)
     if total == 0:
         raise Refusal(f"weights {ws} sum to 0 and cannot be normalised: change one of them")
     return [w / total for w in ws]
