@@ -628,5 +628,5 @@ def test_a_model_that_is_not_the_one_the_recipe_names_is_refused(tmp_path):
             "models": {"a": "a.safetensors", "b": {"file": "b.safetensors", "size": 5}},
         }
     )
-    with pytest.raises(Refusal, match="written for a b.safetensors of 5"):
+    with pytest.raises(Refusal, match=r"written for a b\.safetensors of 5"):
         plymix.explain(sized, models=[str(tmp_path)])

@@ -16,6 +16,9 @@ from plymix.errors import unknown
 _HERE = Path(__file__).parent
 T = TypeVar("T")
 
+KNOWN_PLACES = 20_000
+"""How many places an architecture remembers."""
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -110,6 +113,14 @@ class Architecture(Family, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     def place(self, key: str) -> Place | None:
         """Where `key` belongs, in any spelling of its own layout; None: no key of this model."""
+        known = self._places
+        if key not in known:
+            if len(known) > KNOWN_PLACES:  # a hostile file's keys are not worth keeping
+                known.clear()
+            known[key] = self._placed(key)
+        return known[key]
+
+    def _placed(self, key: str) -> Place | None:
         table = self._table
         key = table.respelled(key)
         if table.is_buffer(key):
@@ -119,6 +130,11 @@ class Architecture(Family, frozen=True, kw_only=True, forbid_unknown_fields=True
                 at = blocks(key[len(prefix) :])
                 return Place(key, component, *at) if at else None
         return None
+
+    @cached_property
+    def _places(self) -> dict[str, Place | None]:
+        """What `place` found: models of one recipe share their places."""
+        return {}
 
     @cached_property
     def _table(self) -> _Table:

@@ -7,7 +7,9 @@ library in one point: a key that occurs twice is refused, as the format text dem
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,7 @@ def _parse(handle: Handle) -> tuple[dict[str, str], dict[str, TensorInfo]]:
     tensors: dict[str, TensorInfo] = {}
     spans: list[tuple[int, int, str]] = []
     for key, entry in header.items():
+        key = sys.intern(key)  # models of one recipe share their keys
         info, end = _entry(key, entry, start, bad)
         tensors[key] = info
         spans.append((info.offset, end, key))
@@ -92,6 +95,12 @@ def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+@lru_cache(maxsize=4096)
+def _shared(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """`shape`, one and the same object for equal ones: many inputs have thousands of them."""
+    return shape
+
+
 def _natural(value: object) -> bool:
     return type(value) is int and value >= 0
 
@@ -106,7 +115,7 @@ def _entry(key: str, entry: Any, start: int, bad: Any) -> tuple[TensorInfo, int]
         raise bad(f"tensor {key!r} has the shape {str(shape)[:80]}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_natural, offsets)):
         raise bad(f"tensor {key!r} has the offsets {str(offsets)[:80]}")
-    info = TensorInfo(key, dtype, tuple(shape), start + offsets[0])
+    info = TensorInfo(key, sys.intern(dtype), _shared(tuple(shape)), start + offsets[0])
     if info.numel * BITS[dtype] % 8 or offsets[1] - offsets[0] != info.nbytes:
         raise bad(
             f"tensor {key!r} ({dtype} {shape}) needs {info.nbytes:,} bytes"
