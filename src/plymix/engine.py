@@ -42,14 +42,15 @@ from plymix.expr import (
     positional,
 )
 from plymix.formats.base import BITS, Handle, Layout, Piece, Source
+from plymix.methods.arrays import Pool, empty
 from plymix.plan import available_cpus
 from plymix.registry import get_method
 
 SPAN = 16 << 20
 """Bytes of output per work item at most."""
 
-CHUNK = 1 << 17
-"""Elements of an element-wise method read and computed at a time within an item."""
+CHUNK = 1 << 15
+"""Elements read, computed and written at a time where the arithmetic is in float32."""
 
 ROOM = 2 << 20
 """Bytes of all buffers together that a sum is computed in; they stay in the processor's cache."""
@@ -305,6 +306,7 @@ class Worker:
     def __init__(self, job: Job) -> None:
         self.job = job
         self._buffers: list[bytearray] = []
+        self._pool = Pool()
         self._sums: dict[Any, kernels.Sum] = {}
 
     def buffer(self, i: int, nbytes: int) -> memoryview:
@@ -402,7 +404,12 @@ class Worker:
             self.job.add(n * size)
 
     def _finished(self, tensor: Tensor, value: Any) -> Any:
-        return kernels.narrowed(_to_numpy(value), tensor.dtype)
+        flat = np.ascontiguousarray(_to_numpy(value), np.float32).reshape(-1)
+        out = self._pool.empty(flat.shape, kernels.NUMPY[tensor.dtype])
+        for at in range(0, flat.size, CHUNK):
+            part = slice(at, at + CHUNK)
+            kernels.best_backend().narrow(flat[part], tensor.dtype, out[part])
+        return out.view(np.uint8)
 
     def evaluate(self, expr: Expr, part: tuple[int, int] | None = None) -> Any:
         """`expr` as a float32 array: whole, or elements [start, start + n) of it, flat."""
@@ -424,14 +431,18 @@ class Worker:
 
     def _load(self, leaf: Leaf, part: tuple[int, int] | None) -> Any:
         info, source = leaf.info, self.job.sources[leaf.source]
-        if part is None:
+        if info.strides is not None:
             array = kernels.float32(source.read(info), info.dtype).reshape(info.shape)
         else:
-            start, n = part
+            first, n = part or (0, info.numel)
             size = BITS[info.dtype] // 8
-            data = self.buffer(1, n * size)
-            source.read_at(info.file, info.offset + start * size, data)
-            array = kernels.float32(data, info.dtype)
+            array = self._pool.empty((n,) if part else info.shape, np.float32)
+            flat = array.reshape(-1)
+            for at in range(0, n, CHUNK):
+                out = flat[at : at + CHUNK]
+                data = self.buffer(1, out.size * size)
+                source.read_at(info.file, info.offset + (first + at) * size, data)
+                _widen(data, info.dtype, out)
         if self.job.device != "cpu":
             from plymix import gpu
 
@@ -451,13 +462,25 @@ class Worker:
             params["rng"] = lambda i: generator(call.seed, call.key, call.models[i])
         if "state" in method.given:
             params["state"] = self.job.state[call.step]
-        return method.function(*positional(method, args, call.models), **params)
+        with self._pool.serving():
+            return method.function(*positional(method, args, call.models), **params)
+
+
+def _widen(data: Any, dtype: str, out: Any) -> None:
+    """Bytes of `dtype` into the float32 array `out`."""
+    x, do = np.frombuffer(data, kernels.NUMPY[dtype]), kernels.best_backend()
+    if dtype == "F32":
+        np.copyto(out, x)
+    elif dtype == "F64":
+        do.single(x, out)
+    else:
+        do.widen(x, dtype, out)
 
 
 def weighted(arrays: Sequence[Any], coefficients: Sequence[float]) -> Any:
     """sum(c * x) of float32 arrays, accumulated block by block in float64, rounded once."""
     if isinstance(arrays[0], np.ndarray):
-        out = np.empty_like(arrays[0])
+        out = empty(arrays[0].shape, np.float32)
         total = kernels.Sum([(c, "F32") for c in coefficients], "F32")
         flat = [np.ascontiguousarray(x).reshape(-1) for x in arrays]
         for at in range(0, out.size, kernels.BLOCK):

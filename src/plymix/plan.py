@@ -65,7 +65,7 @@ class Input:
         """The file's name as the recipe has it, without folders; what is not text becomes '?'."""
         return PurePath(self.file).name.encode("utf-8", "replace").decode()
 
-    @property
+    @cached_property
     def components(self) -> frozenset[str]:
         return frozenset(p.component for p in self.places.values() if not p.buffer)
 

@@ -115,7 +115,7 @@ def nuslerp(
     xp = namespace(a)
 
     def shares(xx: Array, xy: Array, yy: Array) -> tuple[Array, Array]:
-        lengths = clip(xp.sqrt(xx), 1e-7, math.inf) * clip(xp.sqrt(yy), 1e-7, math.inf)
+        lengths = clip(xp.sqrt(xx), 1e-7) * clip(xp.sqrt(yy), 1e-7)
         w = xp.acos(clip(xy / lengths, -1.0, 1.0))
         flat = xp.sin(w) < FLAT
         sine = xp.where(flat, 1.0, xp.sin(w))

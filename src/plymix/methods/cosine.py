@@ -238,7 +238,7 @@ def extract(
 def _cosines(xx: Array, xy: Array, yy: Array, eps: float = 1e-8) -> Array:
     """Cosines from `_products`; 0 where a vector is 0."""
     xp = namespace(xy)
-    return xy / clip(xp.sqrt(xx * yy), eps, math.inf)
+    return xy / clip(xp.sqrt(xx * yy), eps)
 
 
 def _mix(a: Array, b: Array, t: Array) -> Array:

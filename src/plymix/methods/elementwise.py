@@ -10,7 +10,7 @@ from typing import Annotated
 import numpy as np
 
 from plymix.methods import Array
-from plymix.methods.arrays import clip, divide, lerp, namespace, normal
+from plymix.methods.arrays import choose, clip, divide, lerp, namespace, normal
 from plymix.methods.linear import keeps_scale
 from plymix.registry import Range, method
 
@@ -33,8 +33,9 @@ def geometric_sum(a: Array, b: Array, *, alpha: Annotated[float, UNIT] = 0.5) ->
     xp = namespace(a, b)
     up, down = math.cos(math.pi * alpha), math.cos(math.pi * (1 - alpha))
     m = xp.abs(a) ** (1 - alpha) * xp.abs(b) ** alpha
-    crossed = xp.where(a < 0, m * down, m * up)
-    return xp.where((a < 0) == (b < 0), xp.copysign(m, a), crossed)
+    below = a < 0
+    crossed = choose(below, m * down, m * up)
+    return choose(below == (b < 0), xp.copysign(m, a), crossed)
 
 
 @method("elementwise")
@@ -85,12 +86,12 @@ def multiply_quotient(
     usable = (a != 0) & (b != 0) & (c != 0)
 
     def log_size(x: Array) -> Array:
-        return xp.log(xp.abs(xp.where(usable, x, 1.0)))
+        return xp.log(xp.abs(choose(usable, x, 1.0)))
 
     log_c = log_size(c)
     log_a, log_b = log_size(a) - log_c, log_size(b) - log_c
-    e = clip(-alpha * _agreement(log_a, log_b), 0.0, math.inf)
-    turn = xp.where((b < 0) == (c < 0), 1.0, xp.cos(math.pi * e))
+    e = clip(-alpha * _agreement(log_a, log_b), 0.0)
+    turn = choose((b < 0) == (c < 0), 1.0, xp.cos(math.pi * e))
     return a * (xp.exp(e * log_b) * turn)
 
 
@@ -170,8 +171,8 @@ def nearswap(a: Array, b: Array, *, t: Annotated[float, Range(low=0)] = 1e-4) ->
     """
     xp = namespace(a, b)
     d = b - a
-    w = t / clip(xp.abs(d), 1e-6, math.inf)
-    return xp.where(w >= 1, b, a + w * d)
+    w = t / clip(xp.abs(d), 1e-6)
+    return choose(w >= 1, b, a + w * d)
 
 
 @method("elementwise")
@@ -211,7 +212,7 @@ def magmax(base: Array, *models: Array, scale: float = 0.5) -> Array:
     xp = namespace(base, *models)
 
     def larger(x: Array, y: Array) -> Array:
-        return xp.where(xp.abs(y) >= xp.abs(x), y, x)
+        return choose(xp.abs(y) >= xp.abs(x), y, x)
 
     return base + reduce(larger, (x - base for x in models)) * scale
 
@@ -232,8 +233,8 @@ def clamp(a: Array, *bounds: Array, stiffness: Annotated[float, UNIT] = 0.0) -> 
     if stiffness and len(bounds) > 2:
         mean = sum(bounds) / len(bounds)
         mean = xp.minimum(xp.maximum(mean, low), high)  # rounding may have put it outside
-        above = reduce(xp.minimum, (xp.where(p >= mean, p, math.inf) for p in bounds))
-        below = reduce(xp.maximum, (xp.where(p <= mean, p, -math.inf) for p in bounds))
+        above = reduce(xp.minimum, (choose(p >= mean, p, math.inf) for p in bounds))
+        below = reduce(xp.maximum, (choose(p <= mean, p, -math.inf) for p in bounds))
         low, high = lerp(low, below, stiffness), lerp(high, above, stiffness)
     return xp.minimum(xp.maximum(a, low), high)
 
@@ -272,4 +273,4 @@ def _agreement(x: Array, y: Array, otherwise: float = 0.0) -> Array:
     xp = namespace(x, y)
     t = xp.maximum(xp.abs(x), xp.abs(y))
     # two quotients, because t^2 of small weights is 0 in float32
-    return xp.where(t == 0, otherwise, divide(x, t) * divide(y, t))
+    return choose(t == 0, otherwise, divide(x, t) * divide(y, t))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 from array_api_compat import device, is_numpy_array
 
 from plymix.methods import Array
-from plymix.methods.arrays import BLOCK, blockwise, flatten, namespace, numel
+from plymix.methods.arrays import BLOCK, blockwise, empty, flatten, namespace, numel
 
-_ALL_ONES = 2**64 - 1
+SAMPLE = 1 << 13
+"""Elements that tell about where a tensor's k-th largest lies."""
 
 
 def mask_where(test: Callable[..., Array], *arrays: Array) -> Array:
@@ -18,36 +21,26 @@ def mask_where(test: Callable[..., Array], *arrays: Array) -> Array:
 
     The arrays have one shape, which is the mask's.
     """
-    xp, n = namespace(*arrays), numel(arrays[0])
-    flat = [flatten(x) for x in arrays]
-    if n <= BLOCK or not is_numpy_array(arrays[0]):
-        return xp.reshape(test(*flat), arrays[0].shape)
-    mask = np.empty(n, np.bool_)
-    for i in range(0, n, BLOCK):
-        mask[i : i + BLOCK] = test(*(x[i : i + BLOCK] for x in flat))
-    return mask.reshape(arrays[0].shape)
+    return blockwise(test, *arrays, dtype=np.bool_)
 
 
 def bernoulli(generator: np.random.Generator, x: Array, p: float) -> Array:
     """True with probability `p` for each element of `x`: a mask of its shape, drawn on the CPU.
 
-    16 random bits decide an element, and 53 more where those equal the cut, so `p` is exact to
-    2^-69 at a quarter of the cost of a float. Only whole 64-bit words are drawn: the generator's
-    own output, which numpy promises not to change.
+    8 random bits decide an element, and 53 more where those equal the cut, so `p` is exact to 2^-61
+    at a quarter of the cost of a float. Only the generator's own 64-bit words are drawn: their
+    bytes, lowest first, are the elements' bits, and then each element at the cut takes a word.
     """
-
-    def words(n: int) -> np.typing.NDArray[np.uint64]:
-        return generator.integers(0, _ALL_ONES, n, dtype=np.uint64, endpoint=True)
-
-    n = numel(x)
-    cut, rest = divmod(min(max(p, 0.0), 1.0) * 65536, 1)
-    mask = np.empty(n, np.bool_)
+    words, n = generator.bit_generator.random_raw, numel(x)
+    cut, rest = divmod(min(max(p, 0.0), 1.0) * 256, 1)
+    mask = empty((n,), np.bool_)
     close = []
     for i in range(0, n, BLOCK):
         part = mask[i : i + BLOCK]
-        bits = words(-(-part.shape[0] // 4)).astype("<u8", copy=False).view("<u2")
-        np.less(bits[: part.shape[0]], cut, out=part)
-        close.append(np.flatnonzero(bits[: part.shape[0]] == cut) + i)
+        drawn = words(-(-part.shape[0] // 8)).astype("<u8", copy=False).view(np.uint8)
+        drawn = drawn[: part.shape[0]]
+        np.less(drawn, int(cut), out=part)
+        close.append(np.flatnonzero(drawn == int(cut)) + i)
     for at in close:
         mask[at] = (words(at.shape[0]) >> np.uint64(11)) < rest * 2.0**53
     xp = namespace(x)
@@ -59,30 +52,106 @@ def top_mask(
 ) -> Array:
     """True at the `k` elements whose `score(*arrays)` is largest; of equals the earlier ones win.
 
-    `score` works element by element and gives numbers >= 0. It is computed twice, in pieces, so
-    that only one array of scores exists. `with_equals` also keeps what equals the smallest score
-    kept.
+    `score` works element by element and gives numbers >= 0. `with_equals` also keeps what equals
+    the smallest score kept.
     """
     xp, n = namespace(*arrays), numel(arrays[0])
     if k >= n or k <= 0:
         return xp.full(arrays[0].shape, k > 0, dtype=xp.bool, device=device(arrays[0]))
-    scores = flatten(blockwise(score, *arrays))
-    if is_numpy_array(scores):
-        # Floats >= 0 sort like the integers of their bits, which numpy partitions twice as fast.
+    cut, larger = kth_largest(k, score, *arrays)
+    equals = k - larger  # that are still to be kept
+
+    def kept(*xs: Array) -> Array:
+        nonlocal equals
+        s = score(*xs)
+        if with_equals:
+            return s >= cut
+        mask = s > cut
+        if equals:
+            at = xp.nonzero(s == cut)[0][:equals]
+            mask[at] = True
+            equals -= at.shape[0]
+        return mask
+
+    return xp.reshape(mask_where(kept, *map(flatten, arrays)), arrays[0].shape)
+
+
+def kth_largest(k: int, score: Callable[..., Array], *arrays: Array) -> tuple[float, int]:
+    """The k-th largest of `score(*arrays)`, counted from 1, and how many are larger.
+
+    `score` is as in `top_mask`. A sample tells two numbers that the answer nearly always lies
+    between. In one pass in pieces the scores outside are counted and those between kept, a few per
+    cent, to be partitioned. Where that fails all scores are.
+    """
+    xp, n, flat = namespace(*arrays), numel(arrays[0]), [flatten(x) for x in arrays]
+    if not is_numpy_array(flat[0]):
+        scores = score(*flat)
+        cut = float(xp.sort(scores)[n - k])
+        return cut, int(xp.count_nonzero(scores > cut))
+    found = _between(k, *_bracket(k, score, flat), score, flat) if n >= 8 * SAMPLE else None
+    if found is None:
+        scores = blockwise(score, *flat)
         if any(np.may_share_memory(scores, x) for x in arrays):
             scores = scores.copy()
-        scores.view(np.int32 if scores.dtype == np.float32 else np.int64).partition(n - k)
-        cut = float(scores[n - k])
-    else:
-        cut = float(xp.sort(scores)[n - k])
-    del scores
-    mask = flatten(mask_where(lambda *xs: score(*xs) >= cut, *arrays))
-    surplus = int(xp.count_nonzero(mask)) - k
-    if surplus > 0 and not with_equals:
-        equal = flatten(mask_where(lambda *xs: score(*xs) == cut, *arrays))
-        start = int(xp.nonzero(equal)[0][-surplus])
-        mask[start:] = mask[start:] & ~equal[start:]
-    return xp.reshape(mask, arrays[0].shape)
+        found = _partitioned(k, scores)
+    return found
+
+
+def _partitioned(k: int, scores: Any) -> tuple[float, int]:
+    """As `kth_largest`, of an array that it may reorder.
+
+    Floats >= 0 sort like the integers of their bits, which numpy partitions twice as fast.
+    """
+    at = scores.shape[0] - k
+    scores.view(f"i{scores.itemsize}").partition(at)
+    cut = float(scores[at])
+    return cut, int(np.count_nonzero(scores[at:] > cut))
+
+
+def _bracket(k: int, score: Callable[..., Array], flat: list[Array]) -> tuple[float, float]:
+    """Two numbers, low < high, that the k-th largest score nearly always lies between."""
+    n = flat[0].shape[0]
+    # scattered, as a stride may always meet the same column; the golden ratio leaves no gaps
+    at = np.arange(SAMPLE, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) % np.uint64(n)
+    sample = np.sort(score(*(x[at] for x in flat)))
+    share = 1 - k / n
+    middle, spread = SAMPLE * share, 4 * math.sqrt(SAMPLE * share * (1 - share)) + 2
+    first, last = int(middle - spread), int(middle + spread) + 1
+    low = sample[first] if first >= 0 else sample.dtype.type(0)
+    high = sample[last] if last < SAMPLE else sample.dtype.type(np.inf)
+    return float(low), float(max(high, np.nextafter(low, np.inf, dtype=sample.dtype)))
+
+
+def _between(
+    k: int, low: float, high: float, score: Callable[..., Array], flat: list[Array]
+) -> tuple[float, int] | None:
+    """As `kth_largest`, if it lies between `low` and `high`, which may be equal to it.
+
+    What equals them is not kept: differences of 16-bit floats have so few values that the same one
+    may be half of a tensor.
+    """
+
+    def pieces() -> Iterator[Array]:
+        for i in range(0, flat[0].shape[0], BLOCK):
+            yield score(*(x[i : i + BLOCK] for x in flat))
+
+    def count(test: Callable[[Array], Array]) -> int:
+        return sum(int(np.count_nonzero(test(s))) for s in pieces())
+
+    above, inside = 0, []
+    for s in pieces():
+        over = s >= high
+        above += int(np.count_nonzero(over))
+        inside.append(s[(s > low) ^ over])
+    inner = np.concatenate(inside)
+    if above < k <= above + inner.shape[0]:
+        cut, larger = _partitioned(k - above, inner)
+        return cut, above + larger
+    if k <= above:
+        larger = count(lambda s: s > high)
+        return (high, larger) if larger < k else None
+    larger = above + inner.shape[0]
+    return (low, larger) if count(lambda s: s >= low) >= k else None
 
 
 def row_ranks(x: Array) -> Array:

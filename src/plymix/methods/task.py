@@ -22,6 +22,8 @@ from plymix.methods import Array, model_weights
 from plymix.methods.arrays import (
     BLOCK,
     blockwise,
+    choose,
+    clip,
     flatten,
     gram,
     kth_smallest,
@@ -52,26 +54,42 @@ def _sum(xs: Sequence[Array]) -> Array:
     return reduce(add, xs)
 
 
-def _survivors(
-    x0: Array, xs: Sequence[Array], gains: Gains, vote: Vote, weights: Sequence[float]
-) -> list[Array]:
-    """The task vectors after their gains, zero where the elected sign is not theirs.
+def _gained(x0: Array, xs: Sequence[Array], gains: Gains) -> list[Array]:
+    """The task vectors after their gains."""
+    ds = [x - x0 for x in xs]
+    for d, g in zip(ds, gains, strict=True):
+        if g is not None:
+            d *= _float(g, d)
+    return ds
+
+
+def _elected(
+    ds: Sequence[Array], vote: Vote, weights: Sequence[float]
+) -> tuple[list[Array], Array]:
+    """The task vectors that point along the elected sign s, times s (0 where they do not), and s.
 
     sum    s = sign of sum_i w_i d_i, + where that is 0; model i agrees if sign(w_i d_i) = s
     soup   s = sign of sum_i d_i, and    count  s = sign of sum_i sign(d_i): where that is 0 nobody
            agrees; model i agrees if sign(d_i) = s
     """
-    xp = namespace(x0)
-    ds = [x - x0 for x in xs]
-    ds = [d if g is None else d * _float(g, d) for d, g in zip(ds, gains, strict=True)]
-    if not vote:
-        return ds
-    voices = ds
+    xp, sides = namespace(*ds), [1.0] * len(ds)
     if vote == "sum":
-        voices = [d if w == 1 else d * w for d, w in zip(ds, weights, strict=True)]
-    total = _sum([xp.sign(v) for v in voices] if vote == "count" else voices)
-    sign = _float(total >= 0, x0) * 2 - 1 if vote == "sum" else xp.sign(total)
-    return [d * _float(v * sign > 0, d) for d, v in zip(ds, voices, strict=True)]
+        sides = [math.copysign(1, w) if w else 0.0 for w in weights]
+        sign = _float(_weighted_sum(ds, weights) >= 0, ds[0])
+        sign *= 2
+        sign -= 1
+    else:
+        sign = xp.sign(_sum([xp.sign(d) for d in ds] if vote == "count" else ds))
+    kept = []
+    for d, side in zip(ds, sides, strict=True):
+        along = d * sign if side == 1 else d * (sign * side)
+        along = clip(along, 0)
+        kept.append(along if side >= 0 else -along)
+    return kept, sign
+
+
+def _weighted_sum(xs: Sequence[Array], weights: Sequence[float]) -> Array:
+    return _sum([x if w == 1 else x * w for x, w in zip(xs, weights, strict=True)])
 
 
 def _merge(
@@ -95,29 +113,43 @@ def _merge(
     """
     n = len(models)
     gains = gains or [None] * n
-    given = [g for g in gains if g is not None]
     strengths = [w * f for w, f in zip(weights, factors or [1.0] * n, strict=True)]
+    by = [1.0] * n if divide == "count" else weights
 
     def piece(x0: Array, *rest: Array) -> Array:
-        masks = iter(rest[n:])
-        kept = _survivors(
-            x0,
-            rest[:n],
-            [g if g is None else next(masks) for g in gains],
-            vote,
-            voices or strengths,
-        )
-        d = _sum([k if w == 1 else k * w for k, w in zip(kept, strengths, strict=True)])
+        kept = _gained(x0, rest[:n], _matched(gains, rest[n:]))
+        if vote:
+            kept, sign = _elected(kept, vote, voices or strengths)
+        d = _weighted_sum(kept, strengths)
         if divide:
-            by = [1.0] * n if divide == "count" else weights
-            there = [_float(k != 0, x0) for k in kept]
-            total = _sum([t if w == 1 else t * w for t, w in zip(there, by, strict=True)])
-            if floor:
-                total = namespace(x0).clip(total, floor, None)
-            d = d / (total + _float(total == 0, x0))
+            d = d / _divisor([k != 0 for k in kept], by, floor, x0)
+        if vote:
+            d = d * sign
         return x0 + (d if scale == 1 else d * scale)
 
-    return blockwise(piece, base, *models, *given)
+    return blockwise(piece, base, *models, *_given(gains))
+
+
+def _divisor(there: Sequence[Array], weights: Sequence[float], floor: float, like: Array) -> Array:
+    """The sum of the weights of the models that are there, not below `floor`; 1 where it is 0."""
+    xp = namespace(like)
+    if not floor and all(w == 1 for w in weights):
+        count = _sum([xp.astype(t, xp.int16) for t in there])
+        return _float(clip(count, 1), like)
+    total = _weighted_sum([_float(t, like) for t in there], weights)
+    if floor:
+        total = clip(total, floor)
+    return total + _float(total == 0, like)
+
+
+def _given(gains: Gains) -> list[Array]:
+    return [g for g in gains if g is not None]
+
+
+def _matched(gains: Gains, pieces: Sequence[Array]) -> list[Array | None]:
+    """Pieces of those gains that are not None, in the places of the gains."""
+    found = iter(pieces)
+    return [g if g is None else next(found) for g in gains]
 
 
 def _distance(x0: Array, x: Array, *gain: Array) -> Array:
@@ -382,7 +414,7 @@ def dropout(
     def piece(x0: Array, *rest: Array) -> Array:
         masks = [_float(m, x0) for m in rest[n:]] or [namespace(x0).ones_like(x0)] * n
         total = _sum([(x - x0) * m for x, m in zip(rest[:n], masks, strict=True)])
-        return x0 + total / namespace(x0).clip(_sum(masks), 1, None) * factor
+        return x0 + total / clip(_sum(masks), 1) * factor
 
     return blockwise(piece, base, *models, *(g for g in gains if g is not None))
 
@@ -445,10 +477,10 @@ def _della(
         if ranks == "row":
             keep = (density - epsilon) + 2 * epsilon * (r / (m - 1) if m > 1 else r + 0.5)
         else:
-            keep = xp.clip(density + epsilon * ((r + 1) / m - (m + 1) / (2 * m)), 0, 1)
+            keep = clip(density + epsilon * ((r + 1) / m - (m + 1) / (2 * m)), 0, 1)
         keep = xp.reshape(keep, base.shape)
         mask = uniform(rng(i), base) < keep
-        gains.append(_float(mask, base) / xp.clip(keep, 1e-12, None) if rescale == "keep" else mask)
+        gains.append(_float(mask, base) / clip(keep, 1e-12) if rescale == "keep" else mask)
     kind = "none" if rescale == "keep" else rescale
     return gains, _factors(base, models, gains, kind, density)
 
@@ -654,7 +686,7 @@ def arcee_fusion(a: Array, b: Array) -> Array:
     low, middle, high = (kth_smallest(score, int(q * (n - 1)) + 1) for q in (0.25, 0.5, 0.75))
     threshold = middle + 1.5 * (high - low)
     taken = blockwise(
-        lambda s, x, y: xp.where(s >= threshold, y, x), flatten(score), *map(flatten, (a, b))
+        lambda s, x, y: choose(s >= threshold, y, x), flatten(score), *map(flatten, (a, b))
     )
     return xp.reshape(taken, a.shape)
 
@@ -737,7 +769,7 @@ def _ram(
                 for d, z, g in zip(ds, zs, alone, strict=True)
             ]
         )
-        return x0 + total / namespace(x0).clip(count, 1, None) * scale
+        return x0 + total / clip(count, 1) * scale
 
     return blockwise(piece, base, *models)
 
@@ -789,16 +821,16 @@ def model_stock(
     ds = [x - base for x in models]
     norms = [xp.sqrt(xp.sum(d * d, axis=-1, keepdims=True)) for d in ds]
     cosines = [
-        xp.sum(ds[i] * ds[j], axis=-1, keepdims=True) / xp.clip(norms[i] * norms[j], 1e-6, None)
+        xp.sum(ds[i] * ds[j], axis=-1, keepdims=True) / clip(norms[i] * norms[j], 1e-6)
         for i in range(n)
         for j in range(i)
     ]
-    cosine = _sum([xp.clip(c, -1, 1) for c in cosines]) / len(cosines)
+    cosine = _sum([clip(c, -1, 1) for c in cosines]) / len(cosines)
     below = 1 + (n - 1) * cosine
     pole = _float(below == 0, base)
     share = n * cosine / (below + pole) * (1 - pole)
     if clamp_t:
-        share = xp.clip(share, 0, 1)
+        share = clip(share, 0, 1)
     return base + share * (_sum(ds) / n)
 
 
@@ -919,15 +951,17 @@ def ties_gmedian(
 
 
 def _products(base: Array, models: Sequence[Array], gains: Gains, vote: Vote) -> Any:
-    """The dot products of the differences that survive their gains and the vote."""
+    """The dot products of the differences that survive their gains and the vote.
+
+    The elected sign drops out of them.
+    """
     n, ones = len(models), [1.0] * len(models)
 
     def of(x0: Array, *rest: Array) -> list[Array]:
-        masks = iter(rest[n:])
-        own = [g if g is None else next(masks) for g in gains]
-        return _survivors(x0, rest[:n], own, vote, ones)
+        ds = _gained(x0, rest[:n], _matched(gains, rest[n:]))
+        return _elected(ds, vote, ones)[0] if vote else ds
 
-    return gram(base, *models, *(g for g in gains if g is not None), of=of)
+    return gram(base, *models, *_given(gains), of=of)
 
 
 @method("tensor")
