@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -319,11 +319,24 @@ class _Families(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     families: tuple[Family, ...]
 
 
+COMMON = ("sdxl", "sd1", "sd2")
+"""The architectures of most files; looked at first, so that the others' data need not be read."""
+
+
+def families() -> Iterator[Family]:
+    """Everything that can be recognised: the architectures, then those known by name only.
+
+    Each is read when its turn comes.
+    """
+    yield from map(load, COMMON)
+    yield from (load(name) for name in names() if name not in COMMON)
+    yield from _known_by_name()
+
+
 @cache
-def families() -> tuple[Family, ...]:
-    """Everything that can be recognised: the architectures, then those known by name only."""
+def _known_by_name() -> tuple[Family, ...]:
     others: Any = decode(_HERE / "families.toml", _Families)
-    return (*map(load, names()), *others.families)
+    return tuple(others.families)
 
 
 def ema_key(key: str) -> str:
