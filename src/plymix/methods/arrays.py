@@ -208,13 +208,19 @@ def clip(x: Array, low: float | None = None, high: float | None = None) -> Array
 
 def dot(x: Array, y: Array) -> float:
     """Sum of the products of all elements."""
-    xp, x, y = namespace(x), flatten(x), flatten(y)
+    return _dot(namespace(x), _cut(x), _cut(y))
+
+
+def _cut(x: Array) -> tuple[Array, Array]:
+    """`x` in rows, and what is left over as float64."""
+    xp, x = namespace(x), flatten(x)
     whole = x.shape[0] // ROW * ROW
-    rows = xp.vecdot(xp.reshape(x[:whole], (-1, ROW)), xp.reshape(y[:whole], (-1, ROW)))
-    total = float(xp.sum(rows, dtype=xp.float64))
-    if whole < x.shape[0]:
-        total += float(xp.vecdot(*(xp.astype(v[whole:], xp.float64) for v in (x, y))))
-    return total
+    return xp.reshape(x[:whole], (-1, ROW)), xp.astype(x[whole:], xp.float64)
+
+
+def _dot(xp: Any, x: tuple[Array, Array], y: tuple[Array, Array]) -> float:
+    total = float(xp.sum(xp.vecdot(x[0], y[0]), dtype=xp.float64))
+    return total + float(xp.vecdot(x[1], y[1])) if x[1].shape[0] else total
 
 
 def norm(x: Array) -> float:
@@ -228,16 +234,16 @@ def gram(*arrays: Array, of: Callable[..., Sequence[Array]] = lambda *xs: xs) ->
     `of` works element by element and is called in pieces, so `of=lambda a, b, c: (a - c, b - c)`
     gives the products of two differences without making them.
     """
-    flat = [flatten(x) for x in arrays]
+    xp, flat = namespace(*arrays), [flatten(x) for x in arrays]
     n = flat[0].shape[0]
     step = BLOCK if is_numpy_array(flat[0]) else max(n, 1)
     total: Any = 0.0
     for i in range(0, n, step):
-        xs = of(*(x[i : i + step] for x in flat))
+        xs = [_cut(x) for x in of(*(x[i : i + step] for x in flat))]
         part = np.zeros((len(xs), len(xs)))
         for j, x in enumerate(xs):
             for k, y in enumerate(xs[: j + 1]):
-                part[j, k] = part[k, j] = dot(x, y)
+                part[j, k] = part[k, j] = _dot(xp, x, y)
         total = total + part
     return total
 
