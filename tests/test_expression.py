@@ -344,11 +344,29 @@ def test_explain_and_session_take_expressions(folder):
         plymix.merge(a, "b.safetensors", "out.safetensors")
 
 
+def test_a_session_goes_on_after_a_refused_change(folder):
+    a, b = (plymix.model(folder / f"{n}.safetensors") for n in "ab")
+    alpha = {"base": 0.5, "blocks": {"IN05": 0.5}}
+    out = folder / "refused-change.safetensors"
+    with plymix.Session(a.weighted_sum(b, alpha=alpha)) as session:
+        session.write(out)
+        before = out.read_bytes()
+        with pytest.raises(Refusal, match="IN55"):
+            session.set("steps.step1.alpha.blocks.IN55", 0.3)
+        session.write(out, force=True)
+        assert out.read_bytes() == before
+        changed = session.set("steps.step1.alpha.blocks.IN05", 0.3)
+        assert all(".input_blocks.5." in name for name in changed)
+        assert session.tensor(changed[0]).size
+
+
 def test_weights_that_are_not_one_model_are_noted(folder):
     a, b = (plymix.model(folder / f"{n}.safetensors") for n in "ab")
     assert any("sum to 2" in note for note in plymix.explain(a + b).notes)
     assert any("sum to 0.5" in note for note in plymix.explain(a / 2).notes)
     assert not any("sum to" in note for note in plymix.explain(a.slerp(b)).notes)
+    adjusted = plymix.explain((a + b) / 2, adjust={"detail": [0.5, 0, 0], "cfg": 1.2})
+    assert not any("sum to" in note for note in adjusted.notes)
 
 
 def test_nothing_is_looked_at_until_asked():

@@ -80,6 +80,19 @@ def test_a1111_records(pair):
     assert first["legacy_hash"] == hashlib.sha256(raw[0x100000:0x110000]).hexdigest()[:8]
 
 
+def test_a1111_records_name_models_in_their_own_places(pair, tmp_path):
+    """A step has no hash: its place is empty, and no other model moves up into it."""
+    a, b = map(plymix.model, pair)
+    plymix.merge(((a + b) / 2).add_difference(b, a, alpha=0.5), tmp_path / "steps.safetensors")
+    recorded = json.loads(load(tmp_path / "steps.safetensors")[1]["sd_merge_recipe"])
+    assert recorded["primary_model_hash"] is None
+    assert recorded["secondary_model_hash"] == sha(pair[1])
+    assert recorded["tertiary_model_hash"] == sha(pair[0])
+    plymix.merge(a, tmp_path / "same.safetensors", dtype="bf16")
+    recorded = json.loads(load(tmp_path / "same.safetensors")[1]["sd_merge_recipe"])
+    assert recorded["primary_model_hash"] == sha(pair[0])
+
+
 def test_ancestors_are_kept(pair, tmp_path):
     """Those plymix wrote, and those that other programs wrote into an input."""
     foreign = {"f" * 64: {"name": "grandparent.ckpt", "legacy_hash": "12345678"}}

@@ -170,6 +170,19 @@ def test_keys_only_in_a_stay_and_only_in_b_are_left_out(tmp_path):
     assert theirs in said
 
 
+def test_unknown_keys_of_b_are_added_by_union_and_said_to_be(tmp_path):
+    def stranger(rows, values):
+        some = next(k for k in values if k.endswith("bias"))
+        rows["zz.extra"], values["zz.extra"] = rows[some], values[some]
+
+    a = made(tmp_path / "a.safetensors", seed=1)
+    b = made(tmp_path / "b.safetensors", seed=2, change=stranger)
+    for union, fate in ((False, "left out"), (True, "added")):
+        with planned(a, b, alpha=0.3, union=union) as p:
+            assert any(f"{fate}: zz.extra" in note for note in p.notes)
+            assert ("zz.extra" in {t.name for t in p.tensors}) == union
+
+
 def test_add_difference_where_c_lacks_a_key_keeps_a(tmp_path):
     """Never a bare difference, never zeros."""
     key = UNET + "out.0.bias"

@@ -260,3 +260,24 @@ def test_one_block_can_be_set_however_the_weight_is_written(alpha):
     else:
         assert found.params["alpha"]["blocks"]["IN05"] == 0.3
     assert recipe.from_json(recipe.to_json(after)) == after
+
+
+def test_a_set_block_gives_way_to_the_rules_of_its_step():
+    models = {"a": "a.safetensors", "b": "b.safetensors"}
+    step = {"method": "weighted_sum", "a": "a", "b": "b", "alpha": "GRAD_V"}
+    step["rules"] = ["IN05:attn2:0.9"]
+    given = recipe.from_dict({"models": models, "steps": {"s": step}})
+    after = recipe.with_setting(given, "steps.s.alpha.blocks.IN05", "0.1")
+    assert after.steps["s"].rules == ("IN05::0.1", "IN05:attn2:0.9")
+    after = recipe.with_setting(after, "steps.s.alpha.blocks.IN05", "0.2")
+    assert after.steps["s"].rules == ("IN05::0.2", "IN05:attn2:0.9")
+
+
+def test_a_setting_leaves_the_recipe_it_started_from():
+    models = {"a": "a.safetensors", "b": "b.safetensors"}
+    alpha = {"base": 0.5, "blocks": {"IN05": 0.5}}
+    step = {"method": "weighted_sum", "a": "a", "b": "b", "alpha": alpha}
+    before = recipe.from_dict({"models": models, "steps": {"s": step}})
+    text = recipe.to_json(before)
+    after = recipe.with_setting(before, "steps.s.alpha.blocks.IN05", "0.9")
+    assert recipe.to_json(before) == text != recipe.to_json(after)

@@ -84,8 +84,9 @@ def _a1111(plan: Plan, recipe: Recipe) -> dict[str, str]:
     """`sd_merge_recipe` and `sd_merge_models` as A1111's checkpoint merger writes them."""
     last = recipe.steps.get(recipe.final)
     by_name = {i.name: i for i in plan.inputs}
-    inputs = [by_name[n] for n in (last.inputs if last else ()) if n in by_name]
-    tokens = [pending(i) for i in inputs] + [None] * 3
+    # A step among the inputs has no hash; its place stays empty.
+    inputs = [by_name.get(n) for n in (last.inputs if last else (recipe.final,))]
+    tokens = [pending(i) if i else None for i in inputs] + [None] * 3
     alpha = last.params.get("alpha", 0.5) if last else 0.0
     said = {
         "type": "plymix",

@@ -167,13 +167,14 @@ def build(
     paths: Mapping[str, Path] | None = None,
     strict: bool = False,
     open_file: Callable[[Path], Source] = open_model,
+    keep_open: bool = False,
 ) -> Plan:
     """Plan `recipe`. Model files are looked for as named, then in each of `folders`.
 
     `paths` says where a model is (by its name in the recipe) for those already found.
 
     With `strict`, keys that some models have and others lack are refused. Raises Refusal; every
-    file it opened is closed again then.
+    file it opened is closed again then, but with `keep_open`.
     """
     opened: list[Source] = []
 
@@ -192,7 +193,7 @@ def build(
     try:
         return _Planner(recipe, open_counted, strict).plan()
     except BaseException:
-        for source in opened:
+        for source in () if keep_open else opened:
             source.close()
         raise
 
@@ -327,7 +328,8 @@ class _Planner:
                 )
             if i.strangers:
                 what = f"unknown to {base.arch.short if base.arch else ''}"
-                fate = "copied" if i is self.base else "left out"
+                added = self.recipe.output.union
+                fate = "copied" if i is self.base else "added" if added else "left out"
                 self.notes.append(
                     f"{i.label}: {len(i.strangers)} tensors {what}, {fate}: {listed(i.strangers)}"
                 )
@@ -666,9 +668,11 @@ class _Planner:
         return Patch(args[owner], expr, widths[0]), shapes[owner]
 
     def _strength(self, tensors: Sequence[Tensor], fates: Mapping[str, Fate]) -> None:
-        """Note sums whose coefficients do not add up to one model."""
+        """Note sums whose coefficients do not add up to one model, but for `output.adjust`."""
         totals: dict[str, float] = {}
         for tensor in tensors:
+            if self.adjusted.scale(tensor.name) != 1.0:
+                continue
             terms = plain_terms(tensor.expr)
             total = math.fsum(c for c, _ in terms)
             if terms and fates[tensor.name].how == "merged" and abs(total - 1) > 1e-6:
@@ -810,13 +814,17 @@ class _Adjustment:
             _numbers(f, asked.get(f, 1.0), 1)[0] for f in ("saturation", "cfg")
         )
 
-    def __call__(self, key: str, expr: Expr, shape: tuple[int, ...]) -> Expr:
+    def scale(self, key: str) -> float:
+        """What the tensor is multiplied by."""
         scale = self.scales.get(key, 1.0)
         if self.cfg != 1.0:
             from plymix.methods import tuning
 
             scale *= tuning.cfg_sensitivity(key, self.cfg)
-        total = Linear.of(expr) * scale
+        return scale
+
+    def __call__(self, key: str, expr: Expr, shape: tuple[int, ...]) -> Expr:
+        total = Linear.of(expr) * self.scale(key)
         if offsets := self.offsets.get(key):
             data = struct.pack(f"<{len(offsets)}f", *offsets)
             if len(offsets) != math.prod(shape):

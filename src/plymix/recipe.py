@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -173,7 +174,7 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
     output["from"] = output.pop("from_", "")
     return {
         "models": {name: model_fields(m) for name, m in recipe.models.items()},
-        "steps": {name: dict(_step_fields(step)) for name, step in recipe.steps.items()},
+        "steps": {name: deepcopy(dict(_step_fields(step))) for name, step in recipe.steps.items()},
         "output": output,
     }
 
@@ -396,7 +397,7 @@ def with_setting(recipe: Recipe, path: str, text: str) -> Recipe:
     """`--set steps.mix.alpha.base=0.3`: the recipe with one value replaced.
 
     `steps.mix.alpha.blocks.IN05=0.3` works for every way to write a weight: where the blocks are a
-    preset, a list or a curve, it becomes a rule of the step, which wins over them.
+    preset, a list or a curve, it becomes a rule of the step, before its other rules.
     """
     found = to_dict(recipe)
     keys = path.split(".")
@@ -426,8 +427,12 @@ def _with_rule(found: dict[str, Any], keys: list[str], value: Any) -> dict[str, 
     ruled = next(p.name for p in get_method(step["method"]).params if p.type is float)
     if keys[2] != ruled:
         raise Refusal(f"--set {'.'.join(keys)}: rules set {ruled}, not {keys[2]}")
-    others = [r for r in step.get("rules", []) if not r.startswith(f"{keys[4]}::")]
-    step["rules"] = [*others, f"{keys[4]}::{value}"]
+    start, rules = f"{keys[4]}::", step.get("rules", [])
+    new = f"{start}{value}"
+    if any(r.startswith(start) for r in rules):
+        step["rules"] = [new if r.startswith(start) else r for r in rules]
+    else:  # the rules that are there win over the block's weight, so it comes before them
+        step["rules"] = [new, *rules]
     return found
 
 

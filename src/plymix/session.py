@@ -39,7 +39,11 @@ class Session:
         self._open: dict[Path, Source] = {}
         self._written: tuple[Path, tuple[int, int], Plan] | None = None
         self.changed: tuple[str, ...] = ()
-        self.plan = self._build(recipe.recipe() if isinstance(recipe, Expression) else recipe)
+        try:
+            self.plan = self._build(recipe.recipe() if isinstance(recipe, Expression) else recipe)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def recipe(self) -> Recipe:
@@ -50,7 +54,10 @@ class Session:
         return self.change(recipes.with_setting(self.recipe, path, json.dumps(value)))
 
     def change(self, recipe: Recipe) -> tuple[str, ...]:
-        """Go on with another recipe; returns the names of the tensors that differ."""
+        """Go on with another recipe; returns the names of the tensors that differ.
+
+        Raises Refusal where it cannot be merged; the session is as it was then.
+        """
         before, self.plan = self.plan, self._build(recipe)
         self.changed = before.changes(self.plan)
         return self.changed
@@ -101,11 +108,7 @@ class Session:
                 self._open[path] = open_model(path)
             return self._open[path]
 
-        try:
-            return planning.build(recipe, folders=self._folders, open_file=kept)
-        except BaseException:
-            self._open.clear()  # the planner closed them
-            raise
+        return planning.build(recipe, folders=self._folders, open_file=kept, keep_open=True)
 
     def close(self) -> None:
         for source in self._open.values():

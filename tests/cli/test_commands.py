@@ -676,3 +676,4 @@ def test_version_and_overview() -> None:
 
     assert plymix("--version").out == f"plymix {__version__}\n"
     assert plymix().out == plymix("--help").out == overview() + "\n"
+    assert plymix("recipe").out == plymix("recipe", "--help").out == overview() + "\n"

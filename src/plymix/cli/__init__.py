@@ -78,7 +78,8 @@ def run(words: Sequence[str], prog: str = "") -> int:
 
 
 def _dispatch(words: Sequence[str], prog: str) -> int:
-    if not words or words[0] in ("--help", "-h", "help"):
+    asked = words[1:] if list(words[:1]) == ["recipe"] else words  # half a command
+    if not asked or asked[0] in ("--help", "-h", "help"):
         screen.put(overview())
         return 0
     if words[0] in ("--version", "-V"):
