@@ -124,12 +124,15 @@ def blockwise(f: Callable[..., Array], *arrays: Array, dtype: Any = None) -> Arr
 
 
 def rowwise(f: Callable[..., Array], *arrays: Array, dtype: Any = None) -> Array:
-    """As `blockwise`, for an `f` that works index by index of the first axis (row by row)."""
+    """As `blockwise`, for an `f` that works index by index of the first axis (row by row).
+
+    The pieces come in order.
+    """
     first, n, size = arrays[0], arrays[0].shape[0], numel(arrays[0])
     if size <= BLOCK or not is_numpy_array(first):
         return f(*arrays)
     step = max(1, BLOCK * n // size)
-    out = empty(first.shape, dtype or first.dtype)
+    out = np.empty(first.shape, dtype) if dtype else empty(first.shape, first.dtype)
     for i in range(0, n, step):
         out[i : i + step] = f(*(x if x.shape[0] == 1 else x[i : i + step] for x in arrays))
     return out
@@ -186,12 +189,6 @@ def choose(mask: Array, x: Array | float, y: Array | float) -> Array:
     out = ones & (x ^ y)
     out ^= y
     return out.view(dtype)
-
-
-def divide(x: Array, y: Array, otherwise: float = 0.0) -> Array:
-    """`x / y`, and `otherwise` where `y` is 0; raises no floating point warning."""
-    zero = y == 0
-    return choose(zero, otherwise, x / choose(zero, 1.0, y))
 
 
 def clip(x: Array, low: float | None = None, high: float | None = None) -> Array:

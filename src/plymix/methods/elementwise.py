@@ -10,11 +10,14 @@ from typing import Annotated
 import numpy as np
 
 from plymix.methods import Array
-from plymix.methods.arrays import choose, clip, divide, lerp, namespace, normal
+from plymix.methods.arrays import choose, clip, lerp, namespace, normal
 from plymix.methods.linear import keeps_scale
 from plymix.registry import Range, method
 
 UNIT = Range(0, 1)
+
+LEAST = 2.0**-149
+"""The least number above 0 in float32. As lower limit of a divisor it turns 0 / 0 into 0."""
 
 
 @method("elementwise")
@@ -84,13 +87,10 @@ def multiply_quotient(
     """
     xp = namespace(a, b, c)
     usable = (a != 0) & (b != 0) & (c != 0)
-
-    def log_size(x: Array) -> Array:
-        return xp.log(xp.abs(choose(usable, x, 1.0)))
-
-    log_c = log_size(c)
-    log_a, log_b = log_size(a) - log_c, log_size(b) - log_c
-    e = clip(-alpha * _agreement(log_a, log_b), 0.0)
+    log_a, log_b, log_c = (xp.log(clip(xp.abs(x), LEAST)) for x in (a, b, c))
+    log_a -= log_c
+    log_b -= log_c
+    e = clip(_agreement(log_a, log_b) * -alpha, 0.0) * xp.astype(usable, a.dtype)
     turn = choose((b < 0) == (c < 0), 1.0, xp.cos(math.pi * e))
     return a * (xp.exp(e * log_b) * turn)
 
@@ -107,7 +107,8 @@ def train_difference(a: Array, b: Array, c: Array, *, alpha: float = 1.0) -> Arr
     """
     xp = namespace(a, b, c)
     d, distance = b - c, xp.abs(b - a)
-    return a + divide(distance, distance + xp.abs(d)) * d * (1.8 * alpha)
+    s = distance / clip(distance + xp.abs(d), LEAST)
+    return a + s * d * (1.8 * alpha)
 
 
 @method("elementwise")
@@ -123,7 +124,8 @@ def add_opposite(a: Array, b: Array, c: Array, *, alpha: float = 1.0) -> Array:
     xp = namespace(a, b, c)
     d = b - c
     apart = xp.abs(a - b)
-    return a + divide(apart, apart + xp.abs((a - c) + d)) * d * (2 * alpha)
+    m = apart / clip(apart + xp.abs((a - c) + d), LEAST)
+    return a + m * d * (2 * alpha)
 
 
 @method("elementwise")
@@ -272,5 +274,6 @@ def _agreement(x: Array, y: Array, otherwise: float = 0.0) -> Array:
     """x y / max(|x|, |y|)^2: 1 where equal, -1 where opposite, `otherwise` where both are 0."""
     xp = namespace(x, y)
     t = xp.maximum(xp.abs(x), xp.abs(y))
-    # two quotients, because t^2 of small weights is 0 in float32
-    return choose(t == 0, otherwise, divide(x, t) * divide(y, t))
+    least = clip(t, LEAST)
+    r = (x / least) * (y / least)  # two quotients, because t^2 of small weights is 0 in float32
+    return r + xp.astype(t == 0, r.dtype) * otherwise if otherwise else r

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from array_api_compat import device, is_numpy_array
 
 from plymix.methods import Array
-from plymix.methods.arrays import BLOCK, blockwise, empty, flatten, namespace, numel
+from plymix.methods.arrays import BLOCK, blockwise, flatten, namespace, numel
 
 SAMPLE = 1 << 13
 """Elements that tell about where a tensor's k-th largest lies."""
@@ -33,7 +34,7 @@ def bernoulli(generator: np.random.Generator, x: Array, p: float) -> Array:
     """
     words, n = generator.bit_generator.random_raw, numel(x)
     cut, rest = divmod(min(max(p, 0.0), 1.0) * 256, 1)
-    mask = empty((n,), np.bool_)
+    mask = np.empty(n, np.bool_)
     close = []
     for i in range(0, n, BLOCK):
         part = mask[i : i + BLOCK]
@@ -58,22 +59,42 @@ def top_mask(
     xp, n = namespace(*arrays), numel(arrays[0])
     if k >= n or k <= 0:
         return xp.full(arrays[0].shape, k > 0, dtype=xp.bool, device=device(arrays[0]))
-    cut, larger = kth_largest(k, score, *arrays)
-    equals = k - larger  # that are still to be kept
+    masks = largest(k, score, *arrays, with_equals=with_equals).masks()
+    mask = mask_where(lambda *xs: masks(score(*xs)), *map(flatten, arrays))
+    return xp.reshape(mask, arrays[0].shape)
 
-    def kept(*xs: Array) -> Array:
-        nonlocal equals
-        s = score(*xs)
-        if with_equals:
-            return s >= cut
-        mask = s > cut
-        if equals:
-            at = xp.nonzero(s == cut)[0][:equals]
-            mask[at] = True
-            equals -= at.shape[0]
+
+@dataclass(frozen=True)
+class Largest:
+    """The elements of a tensor whose score is above `cut`, and the first `equals` that equal it."""
+
+    cut: float
+    equals: float
+
+    def masks(self) -> Callable[[Array], Array]:
+        """A function that gives the mask of each piece of the scores, called in their order."""
+        cut, equals = self.cut, self.equals
+
+        def mask(scores: Array) -> Array:
+            nonlocal equals
+            if equals == math.inf:
+                return scores >= cut
+            kept = scores > cut
+            if equals:
+                at = namespace(scores).nonzero(scores == cut)[0][: int(equals)]
+                kept[at] = True
+                equals -= at.shape[0]
+            return kept
+
         return mask
 
-    return xp.reshape(mask_where(kept, *map(flatten, arrays)), arrays[0].shape)
+
+def largest(
+    k: int, score: Callable[..., Array], *arrays: Array, with_equals: bool = False
+) -> Largest:
+    """What `top_mask` is made from; 0 < k <= the number of elements."""
+    cut, larger = kth_largest(k, score, *arrays)
+    return Largest(cut, math.inf if with_equals else k - larger)
 
 
 def kth_largest(k: int, score: Callable[..., Array], *arrays: Array) -> tuple[float, int]:

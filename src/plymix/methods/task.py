@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import reduce
 from operator import add
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Union
 
 import numpy as np
 from array_api_compat import device
@@ -31,7 +31,15 @@ from plymix.methods.arrays import (
     numel,
     uniform,
 )
-from plymix.methods.selection import as_matrix, bernoulli, mask_where, row_ranks, top_mask
+from plymix.methods.selection import (
+    Largest,
+    as_matrix,
+    bernoulli,
+    largest,
+    mask_where,
+    row_ranks,
+    top_mask,
+)
 from plymix.registry import Range, method
 
 Share = Annotated[float, Range(0, 1)]
@@ -40,7 +48,7 @@ Vote = Literal["", "sum", "count", "soup"]
 Divide = Literal["", "weights", "count"]
 Trim = Literal["threshold", "exact"]
 Rescale = Literal["density", "l1", "none"]
-Gains = Sequence[Array | None]
+Gains = Sequence[Union[Array, Largest, None]]
 
 
 # -- the sum that the methods share ---------------------------------------------------------------
@@ -54,19 +62,35 @@ def _sum(xs: Sequence[Array]) -> Array:
     return reduce(add, xs)
 
 
-def _gained(x0: Array, xs: Sequence[Array], gains: Gains) -> list[Array]:
-    """The task vectors after their gains."""
-    ds = [x - x0 for x in xs]
-    for d, g in zip(ds, gains, strict=True):
-        if g is not None:
-            d *= _float(g, d)
-    return ds
+def _reader(gains: Gains) -> Callable[..., list[Array]]:
+    """A function from pieces of the base, the models and `_given(gains)`, called in their order,
+    to the task vectors after their gains."""
+    n = len(gains)
+    cuts = [g.masks() if isinstance(g, Largest) else None for g in gains]
+
+    def read(x0: Array, *rest: Array) -> list[Array]:
+        ds, given = [x - x0 for x in rest[:n]], iter(rest[n:])
+        for d, g, cut in zip(ds, gains, cuts, strict=True):
+            if cut is not None:
+                d *= _float(cut(namespace(d).abs(d)), d)
+            elif g is not None:
+                d *= _float(next(given), d)
+        return ds
+
+    return read
+
+
+def _given(gains: Gains) -> list[Array]:
+    """The gains that are one number or truth per element."""
+    return [g for g in gains if g is not None and not isinstance(g, Largest)]
 
 
 def _elected(
     ds: Sequence[Array], vote: Vote, weights: Sequence[float]
 ) -> tuple[list[Array], Array]:
     """The task vectors that point along the elected sign s, times s (0 where they do not), and s.
+
+    Changes `ds` in place.
 
     sum    s = sign of sum_i w_i d_i, + where that is 0; model i agrees if sign(w_i d_i) = s
     soup   s = sign of sum_i d_i, and    count  s = sign of sum_i sign(d_i): where that is 0 nobody
@@ -82,8 +106,8 @@ def _elected(
         sign = xp.sign(_sum([xp.sign(d) for d in ds] if vote == "count" else ds))
     kept = []
     for d, side in zip(ds, sides, strict=True):
-        along = d * sign if side == 1 else d * (sign * side)
-        along = clip(along, 0)
+        d *= sign if side == 1 else sign * side
+        along = clip(d, 0)
         kept.append(along if side >= 0 else -along)
     return kept, sign
 
@@ -115,9 +139,10 @@ def _merge(
     gains = gains or [None] * n
     strengths = [w * f for w, f in zip(weights, factors or [1.0] * n, strict=True)]
     by = [1.0] * n if divide == "count" else weights
+    read = _reader(gains)
 
     def piece(x0: Array, *rest: Array) -> Array:
-        kept = _gained(x0, rest[:n], _matched(gains, rest[n:]))
+        kept = read(x0, *rest)
         if vote:
             kept, sign = _elected(kept, vote, voices or strengths)
         d = _weighted_sum(kept, strengths)
@@ -142,16 +167,6 @@ def _divisor(there: Sequence[Array], weights: Sequence[float], floor: float, lik
     return total + _float(total == 0, like)
 
 
-def _given(gains: Gains) -> list[Array]:
-    return [g for g in gains if g is not None]
-
-
-def _matched(gains: Gains, pieces: Sequence[Array]) -> list[Array | None]:
-    """Pieces of those gains that are not None, in the places of the gains."""
-    found = iter(pieces)
-    return [g if g is None else next(found) for g in gains]
-
-
 def _distance(x0: Array, x: Array, *gain: Array) -> Array:
     """|d| of one model, after its gain if it has one: the score that trimming ranks by."""
     d = namespace(x0).abs(x - x0)
@@ -167,7 +182,7 @@ def _scored(base: Array, models: Sequence[Array], gains: Gains) -> list[tuple[Ar
 def _trim(
     base: Array, models: Sequence[Array], density: float, rule: Trim = "exact", gains: Gains = ()
 ) -> list[Array | None]:
-    """For each model a mask of its largest |d|; None keeps everything. The rules are in `ties`."""
+    """For each model what keeps its largest |d|; None keeps everything. The rules are in `ties`."""
     n = numel(base)
     if rule == "exact":
         k = max(int(density * n), 1) if density > 0 else 0
@@ -175,6 +190,8 @@ def _trim(
         k = n - max(int((1 - density) * n), 1) + 1
     if k >= n:
         return [None] * len(models)
+    if k > 0 and not gains:
+        return [largest(k, _distance, base, x, with_equals=rule == "threshold") for x in models]
     return [
         top_mask(k, _distance, *scored, with_equals=rule == "threshold")
         for scored in _scored(base, models, gains)
@@ -955,10 +972,11 @@ def _products(base: Array, models: Sequence[Array], gains: Gains, vote: Vote) ->
 
     The elected sign drops out of them.
     """
-    n, ones = len(models), [1.0] * len(models)
+    ones = [1.0] * len(models)
+    read = _reader(gains)
 
-    def of(x0: Array, *rest: Array) -> list[Array]:
-        ds = _gained(x0, rest[:n], _matched(gains, rest[n:]))
+    def of(*pieces: Array) -> list[Array]:
+        ds = read(*pieces)
         return _elected(ds, vote, ones)[0] if vote else ds
 
     return gram(base, *models, *_given(gains), of=of)
