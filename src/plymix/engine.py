@@ -52,6 +52,9 @@ SPAN = 16 << 20
 CHUNK = 1 << 15
 """Elements read, computed and written at a time where the arithmetic is in float32."""
 
+WRITTEN = 1 << 18
+"""Elements of a whole tensor cast and written at a time: what the file takes is still in cache."""
+
 ROOM = 2 << 20
 """Bytes of all buffers together that a sum is computed in; they stay in the processor's cache."""
 
@@ -331,12 +334,12 @@ class Worker:
                 tensor = item.tensor
                 match tensor.expr:
                     case Const(known):
-                        data: Any = known
+                        self.job.target.write_at(tensor.offset, known)
                     case Leaf(source, info) if info.dtype == tensor.dtype:  # strided: gathered
                         data = self.job.sources[source].read(info)
+                        self.job.target.write_at(tensor.offset, data)
                     case expr:
-                        data = self._finished(tensor, self.evaluate(expr))
-                self.job.target.write_at(tensor.offset, data)
+                        self._store(tensor, 0, self.evaluate(expr))
                 self.job.add(tensor.nbytes)
 
     def _copy(self, item: CopyItem) -> None:
@@ -399,17 +402,22 @@ class Worker:
         size = BITS[tensor.dtype] // 8
         for start in range(item.start, item.start + item.numel, CHUNK):
             n = min(CHUNK, item.start + item.numel - start)
-            data = self._finished(tensor, self.evaluate(tensor.expr, (start, n)))
-            self.job.target.write_at(tensor.offset + start * size, data)
+            self._store(tensor, start, self.evaluate(tensor.expr, (start, n)))
             self.job.add(n * size)
 
-    def _finished(self, tensor: Tensor, value: Any) -> Any:
+    def _store(self, tensor: Tensor, start: int, value: Any) -> None:
+        """Write `value`, elements of `tensor` from `start` on: cast and written piece by piece."""
         flat = np.ascontiguousarray(_to_numpy(value), np.float32).reshape(-1)
-        out = self._pool.empty(flat.shape, kernels.NUMPY[tensor.dtype])
-        for at in range(0, flat.size, CHUNK):
-            part = slice(at, at + CHUNK)
-            kernels.best_backend().narrow(flat[part], tensor.dtype, out[part])
-        return out.view(np.uint8)
+        size = BITS[tensor.dtype] // 8
+        for at in range(0, flat.size, WRITTEN):
+            piece = flat[at : at + WRITTEN]
+            data = self.buffer(0, piece.size * size)
+            out = np.frombuffer(data, kernels.NUMPY[tensor.dtype])
+            for i in range(0, piece.size, CHUNK):
+                kernels.best_backend().narrow(
+                    piece[i : i + CHUNK], tensor.dtype, out[i : i + CHUNK]
+                )
+            self.job.target.write_at(tensor.offset + (start + at) * size, data)
 
     def evaluate(self, expr: Expr, part: tuple[int, int] | None = None) -> Any:
         """`expr` as a float32 array: whole, or elements [start, start + n) of it, flat."""
