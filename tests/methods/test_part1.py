@@ -932,3 +932,46 @@ def test_lerp_and_mix_agree_and_are_exact_at_the_ends(t):
     for end, expected in ((0, a), (1, b)):
         assert (arrays.lerp(a, b, end) == expected).all()
         assert (arrays.mix(a, b, np.full_like(a, end)) == expected).all()
+
+
+@pytest.mark.parametrize("scalar", [False, True])
+def test_choose_is_where(scalar):
+    r = np.random.default_rng(3)
+    x, y = (r.standard_normal((50, 7)).astype(np.float32) for _ in range(2))
+    x[0, 0], y[0, 1] = np.nan, -0.0
+    mask, y = r.random((50, 7)) < 0.5, 0.25 if scalar else y
+    expected = np.array([p if m else q for m, p, q in zip(
+        mask.ravel(), x.ravel(), np.broadcast_to(y, x.shape).ravel(), strict=True
+    )], np.float32)  # fmt: skip
+    found = arrays.choose(mask, x, y)
+    assert found.dtype == np.float32
+    assert found.tobytes() == expected.tobytes()
+    rows = arrays.choose(mask[:, :1], x, y)
+    assert all((rows[i] == (x[i] if mask[i, 0] else y if scalar else y[i])).all() for i in (3, 4))
+
+
+def test_a_pool_lends_memory_again_only_when_no_view_is_left():
+    pool = arrays.Pool()
+    first = pool.empty((1 << 19,), np.float32)
+    at, view = first.ctypes.data, first[5:]
+    del first
+    other = pool.empty((1 << 19,), np.float32)
+    assert not np.may_share_memory(other, view)
+    del view
+    again = pool.empty((3, 1 << 17), np.float32)
+    assert again.ctypes.data == at
+    assert again.shape == (3, 1 << 17)
+    del again, other
+    larger = pool.empty((1 << 20,), np.float32)  # takes the place of one
+    assert larger.nbytes == 1 << 22
+    assert [len(b) for b in pool.free] == [1 << 21]
+
+
+def test_a_pool_serves_its_thread_only_meanwhile():
+    x, pool = np.ones(1 << 20, np.float32), arrays.Pool()
+    with pool.serving():
+        arrays.blockwise(lambda v: v + 1, x)
+    assert len(pool.free) == 1
+    kept = arrays.blockwise(lambda v: v + 1, x)
+    assert len(pool.free) == 1
+    assert (kept == 2).all()

@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plymix.errors import Refusal
-from plymix.methods import arrays, matrix, permutation, task, tuning
-from plymix.methods.selection import bernoulli, row_ranks, top_mask
+from plymix.methods import arrays, matrix, permutation, selection, task, tuning
+from plymix.methods.selection import bernoulli, kth_largest, row_ranks, top_mask
 from plymix.registry import Method, _read, methods
 
 FAMILIES = (task, matrix, permutation, tuning)
@@ -85,6 +85,36 @@ def test_top_mask_leaves_its_input_in_order():
     mask = top_mask(10, lambda v: v, x)
     assert np.array_equal(x, before)
     assert set(np.flatnonzero(mask)) == set(np.argsort(-x)[:10])
+
+
+def scores_with_few_values(n):
+    """Half zeros, the rest in sixteenths: nearly every cut falls among equals."""
+    r = np.random.default_rng(n)
+    return np.round(np.abs(r.standard_normal(n)) * 16 * (r.random(n) < 0.5)).astype(np.float32) / 16
+
+
+@pytest.mark.parametrize("share", [1e-5, 0.01, 0.2, 0.37, 0.5, 0.8, 0.99999])
+@pytest.mark.parametrize("kind", ["normal", "few", "equal", "sorted"])
+def test_kth_largest_of_many(kind, share):
+    n = 200_003
+    x = {
+        "normal": np.abs(np.random.default_rng(1).standard_normal(n)).astype(np.float32),
+        "few": scores_with_few_values(n),
+        "equal": np.full(n, 0.5, np.float32),
+        "sorted": np.linspace(0, 1, n, dtype=np.float32) ** 9,
+    }[kind]
+    k = max(1, int(share * n))
+    ordered = np.sort(x)[::-1]
+    assert kth_largest(k, abs, x) == (ordered[k - 1], (x > ordered[k - 1]).sum())
+    kept = np.argsort(-x, kind="stable")[:k]
+    assert np.array_equal(np.flatnonzero(top_mask(k, abs, x)), np.sort(kept))
+
+
+def test_kth_largest_where_the_sample_misses(monkeypatch):
+    x = np.abs(normal(100_000)).astype(np.float32)
+    for wrong in ((9.0, 10.0), (0.0, 1e-9)):
+        monkeypatch.setattr(selection, "_bracket", lambda *a, wrong=wrong: wrong)
+        assert kth_largest(20_000, abs, x)[0] == np.sort(x)[-20_000]
 
 
 def test_row_ranks():
