@@ -146,6 +146,15 @@ def test_bernoulli_draws_the_generators_own_words():
     assert mask.ravel().tolist() == [v < 0x40 for v in expected[:10]]
 
 
+def test_dare_in_pieces_keeps_what_its_masks_say():
+    base, a, b = (normal(2 * arrays.BLOCK + 13).astype(np.float32) for _ in range(3))
+    a, b = a + 1, b + 2
+    masks = [bernoulli(rng_of()(i), base, 0.3) for i in (1, 2)]
+    kept = task.dare_linear(base, a, b, rng=rng_of(), density=0.3, rescale="none") - base
+    expected = sum(np.where(m, x - base, 0) for m, x in zip(masks, (a, b), strict=True))
+    np.testing.assert_allclose(kept, expected, atol=1e-5)
+
+
 # -- TIES and its relatives -----------------------------------------------------------------------
 
 

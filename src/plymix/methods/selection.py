@@ -11,7 +11,7 @@ import numpy as np
 from array_api_compat import device, is_numpy_array
 
 from plymix.methods import Array
-from plymix.methods.arrays import BLOCK, blockwise, flatten, namespace, numel
+from plymix.methods.arrays import BLOCK, blockwise, flatten, namespace, numel, to_numpy
 
 SAMPLE = 1 << 13
 """Elements that tell about where a tensor's k-th largest lies."""
@@ -85,6 +85,30 @@ class Largest:
                 kept[at] = True
                 equals -= at.shape[0]
             return kept
+
+        return mask
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A mask in one bit per element: masks of several models would outgrow the tensor."""
+
+    bits: Any
+
+    @staticmethod
+    def of(mask: Array) -> Packed:
+        return Packed(np.packbits(to_numpy(mask).reshape(-1)))
+
+    def masks(self) -> Callable[[Array], Array]:
+        """As `Largest.masks`; the pieces but for the last have a multiple of 8 elements."""
+        at = 0
+
+        def mask(scores: Array) -> Array:
+            nonlocal at
+            n = scores.shape[0]
+            found = np.unpackbits(self.bits[at // 8 : -(-(at + n) // 8)], count=n).view(np.bool_)
+            at += n
+            return namespace(scores).asarray(found, device=device(scores))
 
         return mask
 

@@ -33,6 +33,7 @@ from plymix.methods.arrays import (
 )
 from plymix.methods.selection import (
     Largest,
+    Packed,
     as_matrix,
     bernoulli,
     largest,
@@ -48,7 +49,7 @@ Vote = Literal["", "sum", "count", "soup"]
 Divide = Literal["", "weights", "count"]
 Trim = Literal["threshold", "exact"]
 Rescale = Literal["density", "l1", "none"]
-Gains = Sequence[Union[Array, Largest, None]]
+Gains = Sequence[Union[Array, Largest, Packed, None]]
 
 
 # -- the sum that the methods share ---------------------------------------------------------------
@@ -66,7 +67,7 @@ def _reader(gains: Gains) -> Callable[..., list[Array]]:
     """A function from pieces of the base, the models and `_given(gains)`, called in their order,
     to the task vectors after their gains."""
     n = len(gains)
-    cuts = [g.masks() if isinstance(g, Largest) else None for g in gains]
+    cuts = [g.masks() if isinstance(g, (Largest, Packed)) else None for g in gains]
 
     def read(x0: Array, *rest: Array) -> list[Array]:
         ds, given = [x - x0 for x in rest[:n]], iter(rest[n:])
@@ -82,7 +83,7 @@ def _reader(gains: Gains) -> Callable[..., list[Array]]:
 
 def _given(gains: Gains) -> list[Array]:
     """The gains that are one number or truth per element."""
-    return [g for g in gains if g is not None and not isinstance(g, Largest)]
+    return [g for g in gains if g is not None and not isinstance(g, (Largest, Packed))]
 
 
 def _elected(
@@ -315,6 +316,18 @@ def _factors(
     return [1.0 if g is None else _l1_ratio(base, x, g) for x, g in zip(models, gains, strict=True)]
 
 
+def _dare(
+    base: Array, models: Sequence[Array], density: float, rescale: str, rng: Rng
+) -> tuple[list[Any], list[float]]:
+    """The masks of DARE, one model's made and packed after the other's, and the factors."""
+    gains, factors = [], []
+    for i, x in enumerate(models, 1):
+        mask = bernoulli(rng(i), base, density) if density < 1 else None
+        factors += _factors(base, [x], [mask], rescale, density)
+        gains.append(None if mask is None else Packed.of(mask))
+    return gains, factors
+
+
 def _l1_ratio(base: Array, model: Array, gain: Array) -> float:
     """||d||_1 / ||gain d||_1, or 1 where either is below 1e-7."""
 
@@ -358,8 +371,7 @@ def dare_linear(
     if rescale == "drop" and density >= 1:
         raise Refusal("dare_linear: rescale drop divides by 1 - density; density 1 needs another")
     ws = model_weights(weights, len(models))
-    gains = _drop(base, models, density, rng)
-    factors = _factors(base, models, gains, rescale, density)
+    gains, factors = _dare(base, models, density, rescale, rng)
     return _merge(base, models, ws, scale, gains=gains, factors=factors)
 
 
@@ -385,8 +397,7 @@ def dare_ties(
     Source: arXiv:2311.03099 and arXiv:2306.01708; mergekit `dare_ties`.
     """
     ws = model_weights(weights, len(models))
-    gains = _drop(base, models, density, rng)
-    factors = _factors(base, models, gains, rescale, density)
+    gains, factors = _dare(base, models, density, rescale, rng)
     divide: Divide = "weights" if normalize else ""
     return _merge(base, models, ws, scale, gains=gains, factors=factors, vote="sum", divide=divide)
 
