@@ -820,3 +820,13 @@ def test_the_module_has_what_its_docstring_shows():
     for line in re.findall(r"^    (\S.*?)   +", weights.__doc__, re.M):
         text = line.replace("[0.1, 0.2, ...]", "0.1, 0.2").replace("[26 numbers]", str([0.1] * 26))
         assert parse(text.strip('"')) is not None
+
+
+def test_ff_is_the_feed_forward_layer_and_not_the_middle_of_diffusion():
+    (rule,) = weights.parse_rules(["IN05:ff:0.5"])
+    inside = "model.diffusion_model.input_blocks.5.1.transformer_blocks.0."
+    blocks = weights.SD1_BLOCKS
+    assert rule.matches("IN05", inside + "ff.net.0.proj.weight", blocks)
+    assert not rule.matches("IN05", inside + "attn2.to_q.weight", blocks)
+    (whole,) = weights.parse_rules([":diffusion_model.input_blocks.5.:0.5"])
+    assert whole.matches("IN05", inside + "attn2.to_q.weight", blocks)

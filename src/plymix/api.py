@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Union, cast
 from plymix import hashes, metadata, weights
 from plymix import plan as planning
 from plymix import recipe as recipes
-from plymix.errors import Refusal, unknown
+from plymix.errors import Refusal, listed, unknown
 from plymix.expr import Leaf
 from plymix.formats import Source, open_model, writer_for
 from plymix.plan import Input, Plan, available_cpus
@@ -178,6 +178,8 @@ def with_base(
     alpha: Any, base: float | None, own: Mapping[str, Sequence[float]] | None = None
 ) -> Any:
     """A weight setting with the text encoder's share said apart (`--base`)."""
+    if hasattr(alpha, "tolist"):  # a numpy array
+        alpha = alpha.tolist()
     read = weights.parse if isinstance(alpha, str) else weights.from_toml
     setting = read(alpha, field="alpha", own=own or {})
     value = weights.to_json(setting)
@@ -263,7 +265,8 @@ def output_path(a: PathLike | Recipe | Expression, out: PathLike | None) -> Path
     file = out or (a.output.file if isinstance(a, Recipe) else "")
     if not file:
         raise Refusal("where to? name the output file (-o out.safetensors)")
-    return Path(file).expanduser()
+    path = Path(file).expanduser()
+    return path.resolve() if path.is_symlink() else path  # the file is replaced, not the link
 
 
 def ready(path: Path, force: bool) -> None:
@@ -328,8 +331,18 @@ def run(
         copied=plan.copied,
         dropped=sum(len(keys) for rules in plan.dropped.values() for keys in rules.values()),
         unmatched=sum(map(len, plan.unmatched.values())),
-        notes=plan.notes,
+        notes=(*plan.notes, *_spoilt(written.nonfinite)),
     )
+
+
+def _spoilt(nonfinite: Mapping[str, int]) -> list[str]:
+    if not nonfinite:
+        return []
+    named = listed((f"{name} ({count})" for name, count in nonfinite.items()), 5)
+    return [
+        f"the result holds infinities or NaN: {named}; plymix check tells whether an input has"
+        " them, and --dtype bf16 or fp32 has room for numbers beyond fp16's 65504"
+    ]
 
 
 def _hasher(files: Sequence[Path], recipe: Recipe, i: Input) -> Callable[[Callable[[], bool]], str]:
@@ -358,6 +371,7 @@ def explained(plan: Plan) -> Explanation:
         place = plan.places[tensor.name]
         rows.setdefault((place.block, place.component), []).append(tensor)
     blocks = []
+    mixed: list[str] = []  # blocks whose tensors do not all have the same shares
     labels = [i.label for i in plan.inputs]
     if len(set(labels)) < len(labels):
         labels = [f"{i.name}: {i.label}" for i in plan.inputs]
@@ -376,6 +390,8 @@ def explained(plan: Plan) -> Explanation:
                     total[name] = total.get(name, 0.0) + coefficient
                 seen[tuple(total.items())] += 1
         common = dict(seen.most_common(1)[0][0]) if seen else {}
+        if len({tuple(sorted(s)) for s in seen}) > 1 and block not in ("BUFFER", "EMA"):
+            mixed.append(f"{block}: {_spread(list(map(dict, seen)))}")
         merged = sum(plan.fates[t.name].how == "merged" for t in tensors)
         blocks.append(
             Share(
@@ -402,8 +418,16 @@ def explained(plan: Plan) -> Explanation:
         bytes_read=plan.bytes_read,
         bytes_written=plan.nbytes,
         memory=plan.memory(available_cpus()),
-        notes=plan.notes,
+        notes=(*plan.notes, *mixed),
     )
+
+
+def _spread(shares: Sequence[Mapping[str, float]]) -> str:
+    """The lowest and highest share of each model over the tensors of a block."""
+    names = dict.fromkeys(name for each in shares for name in each)
+    ranges = {n: [100 * each.get(n, 0.0) for each in shares] for n in names}
+    text = ", ".join(f"{min(v):.4g}-{max(v):.4g} % {n}" for n, v in ranges.items())
+    return f"its tensors differ: {text}"
 
 
 def size(nbytes: float) -> str:

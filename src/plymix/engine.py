@@ -291,6 +291,7 @@ class Job:
     target: Target
     state: dict[str, Any] = field(default_factory=dict)
     device: str = "cpu"
+    spoilt: list[tuple[int, int]] = field(default_factory=list)  # ranges with infinities or NaN
     done: int = 0
     stop: bool = False
     error: BaseException | None = None
@@ -381,7 +382,7 @@ class Worker:
                     for x, o in zip(inputs, item.operands, strict=True)
                 ]
                 total(m, parts, out[a * size : (a + m) * size])
-            self.job.target.write_at(item.at + start * size, out)
+            self._put(item.at + start * size, out, item.dtype)
             self.job.add(n * size)
 
     def _sum_on_device(self, item: SumItem) -> None:
@@ -394,7 +395,7 @@ class Worker:
             self.job.sources[o.source].read_at(o.file, o.offset, buffer)
             inputs.append((o.c, o.dtype, buffer))
         out = gpu.linear_sum(inputs, item.dtype, self.job.device)
-        self.job.target.write_at(item.at, out)
+        self._put(item.at, out, item.dtype)
         self.job.add(item.nbytes)
 
     def _chunk(self, item: ChunkItem) -> None:
@@ -404,6 +405,12 @@ class Worker:
             n = min(CHUNK, item.start + item.numel - start)
             self._store(tensor, start, self.evaluate(tensor.expr, (start, n)))
             self.job.add(n * size)
+
+    def _put(self, at: int, data: Any, dtype: str) -> None:
+        """Write what was computed, and remember where it holds infinities or NaN."""
+        self.job.target.write_at(at, data)
+        if kernels.nonfinite(data, dtype):
+            self.job.spoilt.append((at, at + len(memoryview(data).cast("B"))))
 
     def _store(self, tensor: Tensor, start: int, value: Any) -> None:
         """Write `value`, elements of `tensor` from `start` on: cast and written piece by piece."""
@@ -417,7 +424,7 @@ class Worker:
                 kernels.best_backend().narrow(
                     piece[i : i + CHUNK], tensor.dtype, out[i : i + CHUNK]
                 )
-            self.job.target.write_at(tensor.offset + (start + at) * size, data)
+            self._put(tensor.offset + (start + at) * size, data, tensor.dtype)
 
     def evaluate(self, expr: Expr, part: tuple[int, int] | None = None) -> Any:
         """`expr` as a float32 array: whole, or elements [start, start + n) of it, flat."""
@@ -620,6 +627,7 @@ class AtomicFile:
         self.path = path
         self.temporary = path.with_name(f".{_short(path)}.{os.getpid()}{TEMPORARY}")
         self.size = size
+        self.replaces = path.exists()
 
     def __enter__(self) -> FileTarget:
         _sweep(self.path)
@@ -660,7 +668,7 @@ class AtomicFile:
         os.fsync(self.fd)
         os.close(self.fd)
         self.fd = -1
-        os.replace(self.temporary, self.path)
+        self._name()
         if hasattr(os, "O_DIRECTORY"):
             folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
             try:
@@ -669,6 +677,24 @@ class AtomicFile:
                 pass  # some network file systems refuse; the rename is done all the same
             finally:
                 os.close(folder)
+
+    def _name(self) -> None:
+        """Give the file its name; one that appeared since the start is not overwritten."""
+        if not self.replaces:
+            try:
+                os.link(self.temporary, self.path)
+            except FileExistsError:
+                self.temporary.unlink()
+                raise Failure(
+                    f"{self.path} appeared while this was computed and was left as it is;"
+                    " say --force to replace it"
+                ) from None
+            except OSError:
+                pass  # a file system without hard links
+            else:
+                self.temporary.unlink()
+                return
+        os.replace(self.temporary, self.path)
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if self.fd >= 0:
@@ -717,6 +743,7 @@ class Written:
     path: Path
     nbytes: int
     seconds: float
+    nonfinite: Mapping[str, int] = field(default_factory=dict)  # tensor -> infinities and NaN
 
 
 def write(
@@ -758,8 +785,25 @@ def write(
         for source in sources:
             if _same_file(source, path):
                 source.close()  # an open file cannot be replaced on Windows
+        nonfinite = _nonfinite(job, tensors)
         file.commit()
-    return Written(path, layout.size, time.monotonic() - began)
+    return Written(path, layout.size, time.monotonic() - began, nonfinite)
+
+
+def _nonfinite(job: Job, tensors: Sequence[Tensor]) -> dict[str, int]:
+    """How many infinities and NaN each computed tensor holds, where there are any."""
+    found: dict[str, int] = {}
+    for tensor in tensors:
+        end = tensor.offset + tensor.nbytes
+        if any(a < end and tensor.offset < b for a, b in job.spoilt):
+            count = 0
+            for at in range(tensor.offset, end, SPAN):
+                data = bytearray(min(SPAN, end - at))
+                job.target.read_at(at, data)
+                count += kernels.nonfinite(data, tensor.dtype)
+            if count:
+                found[tensor.name] = count
+    return found
 
 
 @contextmanager

@@ -221,6 +221,25 @@ class Sum:
             self.do.narrow(single, self.out, result)
 
 
+_INFINITY = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x7C00, "BF16": 0x7F80}
+"""The code of infinity, without sign; larger ones are NaN."""
+
+
+def nonfinite(data: Any, dtype: str) -> int:
+    """How many elements in the bytes `data` are infinite or NaN. 0 for fp8, which saturates."""
+    infinity = _INFINITY.get(dtype)
+    if infinity is None:
+        return 0
+    codes = np.frombuffer(data, f"u{np.dtype(NUMPY[dtype]).itemsize}")
+    if not codes.size:
+        return 0
+    sign = 1 << (8 * codes.itemsize - 1)
+    signed = codes.view(f"i{codes.itemsize}")
+    if int(signed.max()) < infinity and (int(codes.max()) & ~sign) < infinity:
+        return 0  # the largest codes of either sign: two quick passes, and nothing else is needed
+    return int(np.count_nonzero((codes & (sign - 1)) >= infinity))
+
+
 class Backend:
     """numpy's way to cast and blend rows; also the reference the others are held against."""
 

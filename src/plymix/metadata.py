@@ -17,6 +17,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from plymix import hashes
+from plymix.errors import Refusal
 from plymix.plan import Input, Plan
 from plymix.recipe import METADATA_KEY, Model, Recipe, Step, from_json, to_json
 
@@ -32,7 +33,9 @@ def today() -> str:
     """The date a result carries (ISO 8601, UTC), or that of SOURCE_DATE_EPOCH."""
     epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
     utc = datetime.timezone.utc
-    now = datetime.datetime.fromtimestamp(int(epoch), utc) if epoch.isdigit() else None
+    if epoch and not epoch.isdecimal():
+        raise Refusal(f"SOURCE_DATE_EPOCH = {epoch!r} is not a number of seconds")
+    now = datetime.datetime.fromtimestamp(int(epoch), utc) if epoch else None
     return (now or datetime.datetime.now(utc)).date().isoformat()
 
 
@@ -139,7 +142,16 @@ def _parsed(text: str | None) -> Any:
 
 def formula(recipe: Recipe, name: str | None = None) -> str:
     """The merge as one line with file names: '(1 - a) sd.ckpt + a wd.ckpt, a = GRAD_V'."""
-    name = recipe.final if name is None else name
+    if name is None:
+        given = {
+            part.replace("_", " "): getattr(recipe.output, part) for part in ("vae", "text_encoder")
+        }
+        parts = [
+            f"; {'VAE' if part == 'vae' else part} of {PurePath(recipe.models[n].file).name}"
+            for part, n in given.items()
+            if n in recipe.models and n != recipe.base()
+        ]
+        return formula(recipe, recipe.final) + "".join(parts)
     if name not in recipe.steps:
         return PurePath(recipe.models[name].file).name
     return _step_formula(recipe, recipe.steps[name])

@@ -246,6 +246,14 @@ class _Planner:
                 f"steps.{recipe.final} ({recipe.steps[recipe.final].method}) gives a difference,"
                 ' not a model: add it to one in another step (method = "sum")'
             )
+        unused = [n for n in recipe.steps if n not in self.settings]
+        unused += [n for n in recipe.models if n not in (*self.by_name, *recipe.parts)]
+        if unused:
+            self.notes.append(f"not used for {recipe.final}: {listed(unused)}")
+        if recipe.output.ema in ("use", "exchange") and not any(
+            "ema" in i.components for i in self.by_name.values()
+        ):
+            self.notes.append(f"ema = {recipe.output.ema}: no model has EMA weights")
         self.swaps = self._component_swaps()
         self.followed = {archs.ema_key(key): key for key in self.base.tensors}
         self.adjusted = _Adjustment(recipe.output.adjust, self.arch)
@@ -696,9 +704,16 @@ class _Planner:
         for name, settings in self.settings.items():
             idle = weights.idle_rules(settings.rules, at, settings.rule_blocks)
             if idle:
+                vae = any("VAE" in str(r) for r in idle) and "vae" in self.swaps
+                advice = (
+                    f'the VAE is {self.swaps["vae"].label}\'s and follows no weight; vae = "blend"'
+                    " would merge it"
+                    if vae
+                    else "check its block and element names"
+                )
                 raise Refusal(
                     f"steps.{name}.rules: {listed(str(r) for r in idle)} matches no tensor of"
-                    f" {self.short}; check its block and element names"
+                    f" {self.short}: {advice}"
                 )
 
     def _account(
@@ -939,8 +954,14 @@ class _Settings:
             base = base_default(param, name) if found.base is None else found.base
             found = weights.Resolved(base, found.blocks, found.notes)
             self.notes += found.notes
-            for at in {base, *found.blocks.values(), *self._rule_values(param)}:
+            values = {base, *found.blocks.values(), *self._rule_values(param)}
+            for at in values:
                 one.check(at, self.where)
+            far = sorted(v for v in values if not 0 <= v <= 1)
+            if param.name == "alpha" and step.method == "weighted_sum" and far:
+                self.notes.append(
+                    f"{field} goes to {far[-1 if far[-1] > 1 else 0]:g}: beyond both models"
+                )
             return found
 
         for p in self.method.params:

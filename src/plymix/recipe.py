@@ -38,6 +38,9 @@ BLEND = "blend"
 _NAME = re.compile(r"[\w][\w .+()\-]*", re.UNICODE)
 
 
+_DATE = re.compile(r"\d{4}-\d{2}-\d{2}([T ][0-9:.]+(Z|[+-]\d{2}:?\d{2})?)?")
+
+
 class Model(msgspec.Struct, frozen=True, omit_defaults=True):
     """An input file. `size` (bytes) and `sha256` are recorded by a merge, checked by a replay."""
 
@@ -352,6 +355,8 @@ def _output(found: dict[str, Any], models: Mapping[str, Any], steps: Mapping[str
         raise unknown("output.dtype", output.dtype, DTYPES)
     if output.ema not in EMA:
         raise unknown("output.ema", output.ema, EMA)
+    if output.date and not _DATE.fullmatch(output.date):
+        raise Refusal(f"output.date = {output.date!r} is not a date such as 2026-11-22")
     for repair in output.repair:
         if repair not in REPAIRS:
             raise unknown("output.repair", repair, REPAIRS)

@@ -137,6 +137,8 @@ def parse(
     braces. `field`, `blocks` and `own` are those of `from_toml`. Raises Refusal.
     """
     text = text.strip()
+    if text.startswith("[") and text.endswith("]"):
+        text = text[1:-1].strip()
     if text.startswith("{"):
         return from_toml(_inline_table(text, field), field=field, blocks=blocks, own=own)
     if not text:
@@ -728,6 +730,10 @@ def _instead(preset: Preset, blocks: Sequence[str]) -> str:
 # ----------------------------------------------------------------------------------- element rules
 
 
+DENOISER = "model.diffusion_model."
+"""What the keys of a U-Net begin with."""
+
+
 class Rule(msgspec.Struct, frozen=True):
     """An element rule in supermerger's syntax, `blocks:elements:ratio`; `str` gives its text.
 
@@ -750,11 +756,16 @@ class Rule(msgspec.Struct, frozen=True):
     def matches(self, block: str, key: str, blocks: tuple[str, ...]) -> bool:
         """Whether the rule is for `key`, which lies in `block` (one of `blocks`, BASE or VAE).
 
-        Raises Refusal where the rule names a block that the model does not have.
+        Element words without a dot are looked for behind the denoiser's prefix: every key of a
+        U-Net has "model.diffusion_model." in it, and so "ff", "model" and "fusion". Raises Refusal where the rule names a block that the model does not have.
         """
         if self.blocks and (block in _reach(self.blocks, blocks)) == self.not_blocks:
             return False
-        return not self.elements or any(e in key for e in self.elements) != self.not_elements
+        if not self.elements:
+            return True
+        rest = key.removeprefix(DENOISER)
+        found = any(word in (key if "." in word else rest) for word in self.elements)
+        return found != self.not_elements
 
 
 @lru_cache(maxsize=256)

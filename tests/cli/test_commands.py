@@ -305,7 +305,7 @@ def test_ema_is_left_out_and_said_so(here: Path) -> None:
     tiny.write(here / "ema.safetensors", "sd1", dtype="F16", ema=True)
     ran = plymix("merge", "ema.safetensors", "b.safetensors", "-o", "out.safetensors")
     assert ran.code == 0
-    assert any("EMA tensors left out" in text for text in ran.notes)
+    assert any("tensors left out (ema = drop)" in text for text in ran.notes)
 
 
 # --- recipes ------------------------------------------------------------------------------------

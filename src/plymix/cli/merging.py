@@ -283,9 +283,12 @@ def carry_out(plan: Plan, path: Path, threads: int, device: Device) -> Result:
     for text in remarks(plan):
         screen.note(text)
     with screen.ProgressLine() as progress:
-        return api.run(
+        result = api.run(
             plan, path, threads=checked_threads(threads), device=device, progress=progress
         )
+    for text in result.notes[len(plan.notes) :]:  # what only the work could tell
+        screen.note(text)
+    return result
 
 
 def remarks(plan: Plan) -> Iterator[str]:
@@ -294,7 +297,8 @@ def remarks(plan: Plan) -> Iterator[str]:
     for i in plan.inputs:
         for rule, keys in plan.dropped.get(i.name, {}).items():
             if rule.startswith("ema") and i.name in plan.recipe.models:
-                yield f"{i.label}: {len(keys)} EMA tensors left out ({rule})"
+                done = "left out" if rule == "ema = drop" else "replaced by their EMA copies"
+                yield f"{i.label}: {len(keys)} tensors {done} ({rule})"
         alone = [k for k in plan.unmatched.get(i.name, ()) if k not in i.strangers]
         if alone and i is not plan.base:
             yield f"{i.label}: {len(alone)} tensors without a partner, left out: {listed(alone)}"
@@ -322,7 +326,7 @@ def show_plan(plan: Plan, json: bool) -> None:
     from plymix import api
 
     explanation = api.explained(plan)
-    for text in remarks(plan):
+    for text in (*remarks(plan), *explanation.notes[len(plan.notes) :]):
         screen.note(text)
     if json:
         screen.put_json(explanation.to_dict())
