@@ -8,6 +8,8 @@ the bytes do not depend on who does what, or when:
 * sums: neighbouring tensors with the same coefficients are one span, computed in chunks that stay
   in the processor's cache;
 * chunks of element-wise methods; whole tensors for methods that need them.
+
+A tensor that lies in several pieces in an input is cut where they meet, so that each goes its way.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ from plymix.expr import (
     Tensor,
     calls,
     chunkable,
+    cut,
+    leaf_terms,
     leaves,
     plain_terms,
     positional,
@@ -139,18 +143,30 @@ def items(tensors: Sequence[Tensor]) -> list[Item]:
     for tensor in sorted(tensors, key=lambda t: t.offset):
         if not tensor.nbytes:
             continue
-        item = _item(tensor)
-        both = _join(joined[-1], item) if joined else None
-        if both is not None:
-            joined[-1] = both
-        else:
-            joined.append(item)
+        for item in map(_item, _pieces(tensor)):
+            both = _join(joined[-1], item) if joined else None
+            if both is not None:
+                joined[-1] = both
+            else:
+                joined.append(item)
     return [part for item in joined for part in _cut(item)]
+
+
+def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """`tensor`, cut where its inputs go on elsewhere, unless it needs them whole."""
+    ends = sorted({end for leaf in leaves(tensor.expr) for end in leaf.info.ends})
+    if len(ends) < 2 or not chunkable(tensor.expr):
+        yield tensor
+        return
+    for start, stop in zip([0, *ends], ends, strict=False):
+        at = tensor.offset + start * BITS[tensor.dtype] // 8
+        part = cut(tensor.expr, start, stop)
+        yield replace(tensor, shape=(stop - start,), expr=part, offset=at)
 
 
 def _item(tensor: Tensor) -> Item:
     expr = tensor.expr
-    if isinstance(expr, Leaf) and expr.info.dtype == tensor.dtype and expr.info.strides is None:
+    if isinstance(expr, Leaf) and expr.info.dtype == tensor.dtype and not expr.info.scattered:
         info = expr.info
         return CopyItem(expr.source, info.file, info.offset, tensor.offset, tensor.nbytes)
     terms = plain_terms(expr)
@@ -330,8 +346,10 @@ class Worker:
                 match tensor.expr:
                     case Const(known):
                         data: Any = known
-                    case Leaf(source, info) if info.dtype == tensor.dtype:  # strided: gathered
+                    case Leaf(source, info) if info.dtype == tensor.dtype:  # gathered
                         data = self.job.sources[source].read(info)
+                    case expr if terms := leaf_terms(expr):
+                        data = self._sum_gathered(tensor, terms)
                     case expr:
                         data = self._finished(tensor, self.evaluate(expr))
                 self.job.target.write_at(tensor.offset, data)
@@ -351,12 +369,15 @@ class Worker:
             moved += n
             self.job.add(n)
 
-    def _sum(self, item: SumItem) -> None:
-        key = (tuple((o.c, o.dtype) for o in item.operands), item.dtype)
-        total = self._sums.get(key)
-        if total is None:
+    def _total(self, terms: tuple[tuple[float, str], ...], dtype: str) -> kernels.Sum:
+        key = (terms, dtype)
+        if key not in self._sums:
             self._sums.clear()  # spans with equal coefficients come one after the other
-            total = self._sums[key] = kernels.Sum(*key)
+            self._sums[key] = kernels.Sum(*key)
+        return self._sums[key]
+
+    def _sum(self, item: SumItem) -> None:
+        total = self._total(tuple((o.c, o.dtype) for o in item.operands), item.dtype)
         size = BITS[item.dtype] // 8
         fits = ROOM // (size + sum(o.size for o in item.operands))
         chunk = max(kernels.BLOCK, fits - fits % kernels.BLOCK)
@@ -369,13 +390,7 @@ class Worker:
                 source.read_at(o.file, o.offset + start * o.size, buffer)
                 inputs.append(buffer)
             out = self.buffer(0, n * size)
-            for a in range(0, n, kernels.BLOCK):
-                m = min(kernels.BLOCK, n - a)
-                parts = [
-                    x[a * o.size : (a + m) * o.size]
-                    for x, o in zip(inputs, item.operands, strict=True)
-                ]
-                total(m, parts, out[a * size : (a + m) * size])
+            _add(total, n, inputs, out)
             self.job.target.write_at(item.at + start * size, out)
             self.job.add(n * size)
 
@@ -391,6 +406,19 @@ class Worker:
         out = gpu.linear_sum(inputs, item.dtype, self.job.device)
         self.job.target.write_at(item.at, out)
         self.job.add(item.nbytes)
+
+    def _sum_gathered(self, tensor: Tensor, terms: Sequence[tuple[float, Leaf]]) -> Any:
+        """The sum of tensors that do not lie in order; the bytes are those of a sum in order."""
+        inputs = [memoryview(self.job.sources[x.source].read(x.info)) for _, x in terms]
+        kinds = tuple((c, x.info.dtype) for c, x in terms)
+        if self.job.device != "cpu":
+            from plymix import gpu
+
+            given = [(*kind, data) for kind, data in zip(kinds, inputs, strict=True)]
+            return gpu.linear_sum(given, tensor.dtype, self.job.device)
+        out = memoryview(bytearray(tensor.nbytes))
+        _add(self._total(kinds, tensor.dtype), tensor.numel, inputs, out)
+        return out
 
     def _chunk(self, item: ChunkItem) -> None:
         tensor = item.tensor
@@ -452,6 +480,16 @@ class Worker:
         if "state" in method.given:
             params["state"] = self.job.state[call.step]
         return method.function(*positional(method, args, call.models), **params)
+
+
+def _add(total: kernels.Sum, n: int, inputs: Sequence[memoryview], out: memoryview) -> None:
+    """`total` of n elements, in blocks."""
+    sizes = [BITS[dtype] // 8 for _, dtype in total.terms]
+    size = BITS[total.out] // 8
+    for a in range(0, n, kernels.BLOCK):
+        b = min(a + kernels.BLOCK, n)
+        parts = [x[a * s : b * s] for x, s in zip(inputs, sizes, strict=True)]
+        total(b - a, parts, out[a * size : b * size])
 
 
 def weighted(arrays: Sequence[Any], coefficients: Sequence[float]) -> Any:

@@ -118,18 +118,24 @@ def calls(expr: Expr) -> Iterator[Call]:
             yield from calls(expr.wide)
 
 
-def plain_terms(expr: Expr) -> tuple[tuple[float, Leaf], ...]:
-    """The terms of a sum of contiguous tensors, or () when `expr` is not one."""
+def leaf_terms(expr: Expr) -> tuple[tuple[float, Leaf], ...]:
+    """The terms of a sum of tensors, or () when `expr` is not one."""
     terms = expr.terms if isinstance(expr, Sum) else ((1.0, expr),)
-    found = tuple((c, x) for c, x in terms if isinstance(x, Leaf) and x.info.strides is None)
+    found = tuple((c, x) for c, x in terms if isinstance(x, Leaf))
     return found if len(found) == len(terms) else ()
 
 
+def plain_terms(expr: Expr) -> tuple[tuple[float, Leaf], ...]:
+    """The terms of a sum of tensors that all lie in order, or () when `expr` is not one."""
+    terms = leaf_terms(expr)
+    return () if any(leaf.info.scattered for _, leaf in terms) else terms
+
+
 def chunkable(expr: Expr) -> bool:
-    """Whether every element of `expr` depends on the same element of contiguous inputs only."""
+    """Whether every element of `expr` depends on the same element of inputs in order only."""
     return (
         all(get_method(call.method).kind in ("linear", "elementwise") for call in calls(expr))
-        and all(leaf.info.strides is None for leaf in leaves(expr))
+        and not any(leaf.info.scattered for leaf in leaves(expr))
         and not _reshaped(expr)
     )
 
@@ -143,10 +149,22 @@ def _reshaped(expr: Expr) -> bool:
     return not isinstance(expr, Leaf)
 
 
+def cut(expr: Expr, start: int, stop: int) -> Expr:
+    """Elements [start, stop) of a chunkable expression, which lie in one piece in every input."""
+    match expr:
+        case Leaf(source, info):
+            return Leaf(source, info.cut(start, stop))
+        case Sum():
+            return Sum(tuple((c, cut(term, start, stop)) for c, term in expr.terms))
+        case Call():
+            return replace(expr, args=tuple(cut(arg, start, stop) for arg in expr.args))
+    raise AssertionError(f"{type(expr).__name__} is not chunkable")
+
+
 def narrow(expr: Expr, channels: int) -> Expr:
     """The first `channels` entries of axis 1 of `expr`, read as such where that is possible."""
     match expr:
-        case Leaf(source, info) if info.strides is None:
+        case Leaf(source, info) if info.strides is None and not info.parts:
             strides = tuple(math.prod(info.shape[i + 1 :]) for i in range(len(info.shape)))
             shape = (info.shape[0], channels, *info.shape[2:])
             return Leaf(source, replace(info, shape=shape, strides=strides))

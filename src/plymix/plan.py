@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Any
 
-from plymix import archs, weights
+from plymix import archs, pairing, weights
 from plymix.archs import Architecture, Detection, Place
 from plymix.errors import Refusal, listed, unknown
 from plymix.expr import (
@@ -30,6 +30,7 @@ from plymix.expr import (
     Tensor,
     apply,
     chunkable,
+    leaf_terms,
     leaves,
     narrow,
     plain_terms,
@@ -37,6 +38,7 @@ from plymix.expr import (
 )
 from plymix.formats import open_model, writer_for
 from plymix.formats.base import Entry, Layout, Source, TensorInfo
+from plymix.pairing import Paired
 from plymix.recipe import BLEND, DTYPES, Recipe, Step
 from plymix.registry import Method, Param, get_method
 
@@ -55,10 +57,14 @@ class Input:
     name: str
     file: str
     source: Source
-    detection: Detection
+    paired: Paired
     tensors: Mapping[str, TensorInfo]
     places: Mapping[str, Place]
     strangers: tuple[str, ...] = ()  # keys its architecture does not know
+
+    @property
+    def detection(self) -> Detection:
+        return self.paired.detection
 
     @property
     def label(self) -> str:
@@ -239,6 +245,7 @@ class _Planner:
                 ' not a model: add it to one in another step (method = "sum")'
             )
         self.swaps = self._component_swaps()
+        self._dialects()
         self.followed = {archs.ema_key(key): key for key in self.base.tensors}
         self.adjusted = _Adjustment(recipe.output.adjust, self.arch)
         tensors, places, fates = self._tensors()
@@ -274,14 +281,13 @@ class _Planner:
         return list(dict.fromkeys(used))
 
     def _open(self, name: str) -> Input:
-        file = self.recipe.models[name].file
         source = self.open_file(name)
-        detection = archs.detect({k: t.shape for k, t in source.tensors.items()})
-        arch = detection.arch
+        paired = pairing.unpaired(source) if self.any else pairing.pair(source)
+        arch = paired.detection.arch
         tensors: dict[str, TensorInfo] = {}
         places: dict[str, Place] = {}
         strangers: list[str] = []
-        for key, info in source.tensors.items():
+        for key, info in paired.tensors.items():
             place = _any_place(key) if self.any else arch.place(key) if arch else None
             if place is None:
                 place = Place(key, "extra", "BUFFER", "BUFFER", True)
@@ -295,12 +301,22 @@ class _Planner:
                 place = replace(place, buffer=True)
             tensors[place.key] = info
             places[place.key] = place
-        opened = Input(
-            len(self.inputs), name, file, source, detection, tensors, places, tuple(strangers)
-        )
+        return self._opened(name, source, paired, tensors, places, strangers)
+
+    def _opened(
+        self,
+        name: str,
+        source: Source,
+        paired: Paired,
+        tensors: Mapping[str, TensorInfo],
+        places: Mapping[str, Place],
+        strangers: Sequence[str],
+    ) -> Input:
+        file = self.recipe.models[name].file
+        at = len(self.inputs)
+        opened = Input(at, name, file, source, paired, tensors, places, tuple(strangers))
         self.inputs.append(opened)
-        for note in source.notes:
-            self.notes.append(f"{opened.label}: {note}")
+        self.notes += (f"{opened.label}: {note}" for note in source.notes)
         return opened
 
     def _same_architecture(self) -> None:
@@ -401,24 +417,19 @@ class _Planner:
     def _open_part(self, name: str) -> Input:
         """A component file: its keys are read as the base architecture spells them."""
         assert self.arch is not None
-        file = self.recipe.models[name].file
         source = self.open_file(name)
-        detection = archs.detect({k: t.shape for k, t in source.tensors.items()})
+        paired = pairing.pair(source, self.arch)
         places: dict[str, Place] = {}
         tensors: dict[str, TensorInfo] = {}
         strangers: list[str] = []
-        for key, info in source.tensors.items():
+        for key, info in paired.tensors.items():
             place = self.arch.place(key)
             if place is None or place.key in tensors:
                 strangers.append(key)
                 continue
             tensors[place.key] = info
             places[place.key] = place
-        part = Input(
-            len(self.inputs), name, file, source, detection, tensors, places, tuple(strangers)
-        )
-        self.inputs.append(part)
-        return part
+        return self._opened(name, source, paired, tensors, places, strangers)
 
     def _complete(self, component: str, part: Input) -> None:
         wanted = {
@@ -426,7 +437,7 @@ class _Planner:
             for k, p in self.base.places.items()
             if p.component == component and not p.buffer
         }
-        missing = [k for k in wanted if k not in part.tensors]
+        missing = [k for k in wanted if k not in part.tensors and not part.paired.lacks(k)]
         if missing and component in part.components:
             raise Refusal(
                 f"{part.label} lacks {len(missing)} of the {len(wanted)} {component} tensors:"
@@ -440,6 +451,31 @@ class _Planner:
                     f" {list(info.shape)} in {self.base.label}; use a {component} made for"
                     f" {self.short}"
                 )
+
+    def _dialects(self) -> None:
+        """Note what the inputs with another tool's names lack, and what they have too much."""
+        for i in self.inputs:
+            paired = i.paired
+            if not paired.dialect:
+                continue
+            if i is self.base:
+                self.notes.append(
+                    f"{i.label} has {paired.dialect}' names; the result has the names of"
+                    f" {self.short} checkpoints, in one file"
+                )
+            for why, keys in paired.left_out.items():
+                self.notes.append(f"{i.label}: {len(keys)} tensors left out: {why}")
+            if paired.unpaired:
+                self.notes.append(
+                    f"{i.label}: {len(paired.unpaired)} tensors unknown to {self.short}, left out:"
+                    f" {listed(paired.unpaired)}"
+                )
+            for name, why in paired.absent.items():
+                if i is self.base or any(
+                    key.startswith(name) and not self.base.places[key].buffer
+                    for key in self.base.tensors
+                ):
+                    self.notes.append(f"{i.label} has no {name.rstrip('.')}: {why}")
 
     # --- tensors --------------------------------------------------------------------------------
 
@@ -504,6 +540,8 @@ class _Planner:
             return self._buffer(key, owner.tensors[key], owner.index)
         if swap is not None and place.component in swap.components:
             leaf = self._leaf(swap, key)
+            if leaf is None and swap.paired.lacks(key):
+                leaf, swap = self._leaf(self.base, key), self.base
             if leaf is None:
                 return None
             known = self.base.tensors.get(key, leaf.info)
@@ -652,7 +690,7 @@ class _Planner:
         """Note sums whose coefficients do not add up to one model."""
         totals: dict[str, float] = {}
         for tensor in tensors:
-            terms = plain_terms(tensor.expr)
+            terms = leaf_terms(tensor.expr)
             total = math.fsum(c for c, _ in terms)
             if terms and fates[tensor.name].how == "merged" and abs(total - 1) > 1e-6:
                 totals[tensor.name] = total
@@ -702,6 +740,8 @@ class _Planner:
                     rules.setdefault(rule, []).append(info.name)
                 else:
                     alone.append(info.name)
+            alone += i.paired.unpaired
+            rules.update((why, list(keys)) for why, keys in i.paired.left_out.items())
             if i.name not in self.by_name:
                 rules.setdefault("not part of the component", []).extend((*alone, *i.strangers))
                 alone = []

@@ -1,0 +1,173 @@
+"""An open file -> its tensors by names that its architecture knows, in whatever dialect they are.
+
+What a file in another dialect holds is told apart by `archs.dialects`; here its views become places
+in the file, so that the rest of plymix sees one spelling and reads nothing twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from plymix import archs
+from plymix.archs import Architecture, Detection
+from plymix.archs.dialect_tables import tables
+from plymix.archs.dialects import Part, View, canonical, recognise
+from plymix.errors import Refusal, listed
+from plymix.formats.base import BITS, Source, TensorInfo
+from plymix.formats.diffusers import MODEL_INDEX
+
+DIFFUSERS = "diffusers"
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A file's tensors by names that `detection.arch` knows, if there is one.
+
+    `dialect` says whose names the file itself has ("": the architecture's own). `unpaired` are its
+    keys without a counterpart, `left_out` those of components that are no part of a checkpoint, by
+    reason. `absent` are names (or, with a dot at the end, starts of names) that no file of the
+    dialect has, and why.
+    """
+
+    detection: Detection
+    tensors: Mapping[str, TensorInfo]
+    dialect: str = ""
+    unpaired: tuple[str, ...] = ()
+    left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    absent: Mapping[str, str] = field(default_factory=dict)
+
+    def lacks(self, key: str) -> bool:
+        """Whether it is the dialect's way not to have the tensor `key`."""
+        return any(
+            key.startswith(name) if name.endswith(".") else key == name for name in self.absent
+        )
+
+
+def pair(source: Source, arch: Architecture | None = None) -> Paired:
+    """The tensors of `source`, which is a model or, where `arch` is given, a component of one.
+
+    What is neither keeps its names. Raises Refusal for shapes that cannot be what their names say.
+    """
+    groups = _components(source)
+    if groups:
+        shapes = {name: _shapes(group) for name, group in groups.items()}
+        parts = (
+            part for name in groups for part in recognise(shapes[name]) if part.component == name
+        )
+        part = _deciding(list(parts), arch)
+        return _paired(part.arch, groups) if part else _unknown(source, shapes)
+    plain = unpaired(source)
+    if plain.detection.arch and not plain.detection.dialect:
+        return plain
+    part = _deciding(recognise(_shapes(source.tensors)), arch)
+    return _paired(part.arch, {part.component: source.tensors}) if part else plain
+
+
+def unpaired(source: Source) -> Paired:
+    """The tensors of `source` by the names they have, whatever it is."""
+    return Paired(archs.detect(_shapes(source.tensors)), source.tensors)
+
+
+Group = Mapping[str, TensorInfo]
+
+
+def _components(source: Source) -> dict[str, dict[str, TensorInfo]]:
+    """The tensors of a pipeline's components by their names there; none for a single file."""
+    if MODEL_INDEX not in source.configs:
+        return {}
+    groups: dict[str, dict[str, TensorInfo]] = {}
+    for key, info in source.tensors.items():
+        component, _, name = key.partition("/")
+        groups.setdefault(component, {})[name] = info
+    return groups
+
+
+def _shapes(tensors: Group) -> dict[str, tuple[int, ...]]:
+    return {key: info.shape for key, info in tensors.items()}
+
+
+def _deciding(parts: Sequence[Part], arch: Architecture | None) -> Part | None:
+    """Of what a file may hold, what tells its architecture: a denoiser, else a part of `arch`."""
+    denoisers = [part for part in parts if part.component == part.arch.denoiser.name]
+    return next(iter(denoisers or [part for part in parts if part.arch == arch]), None)
+
+
+def _paired(arch: Architecture, groups: Mapping[str, Group]) -> Paired:
+    known = {component for owner, component in tables(DIFFUSERS) if owner == arch.name}
+    paired: dict[str, TensorInfo] = {}
+    strangers: list[str] = []
+    left_out: dict[str, tuple[str, ...]] = {}
+    absent: dict[str, str] = {}
+    for component, group in groups.items():
+        if component not in known:
+            why = f"{component} is no part of {arch.short} checkpoints"
+            left_out[why] = tuple(info.name for info in group.values())
+            continue
+        found = canonical(arch, DIFFUSERS, component, _shapes(group))
+        paired.update((name, _seen(name, views, group)) for name, views in found.views.items())
+        strangers += (group[key].name for key in found.unpaired)
+        absent.update(found.absent)
+    detection = _detection(arch, paired)
+    return Paired(detection, paired, DIFFUSERS, tuple(strangers), left_out, absent)
+
+
+def _detection(arch: Architecture, tensors: Group) -> Detection:
+    """What a file with these tensors is; `arch` is certain, variant and kind are to be found."""
+    found = archs.detect(_shapes(tensors))
+    if found.arch != arch:
+        found = Detection(arch, "base", "denoiser", f"{arch.short} {arch.denoiser.title}")
+    return replace(found, title=f"{found.title} ({DIFFUSERS} names)")
+
+
+def _unknown(source: Source, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> Paired:
+    """A folder without a denoiser that plymix knows; what it has is said."""
+    inside = ((name, archs.detect(group)) for name, group in shapes.items())
+    name, found = max(inside, key=lambda at: at[1].kind == "denoiser")
+    title = f"a diffusers folder of {listed(shapes)}; its {name} is {found.title}"
+    return Paired(Detection(None, "base", "folder", title, seen=found.seen), source.tensors)
+
+
+# --- where the numbers lie
+
+
+def _seen(name: str, views: Iterable[View], group: Group) -> TensorInfo:
+    """The tensor called `name` that `views` of the tensors in `group` make up."""
+    seen = [_view(view, group[view.key]) for view in views]
+    first = seen[0]
+    if len(seen) == 1:
+        return replace(first, name=name)
+    kinds = {(info.dtype, info.encoding) for info in seen}
+    if len(kinds) > 1:
+        text = " and ".join(f"{info.name} ({info.encoding or info.dtype})" for info in seen)
+        raise Refusal(f"{text} are parts of one tensor, {name}: they must be of one dtype")
+    shape = (sum(info.shape[0] for info in seen), *first.shape[1:])
+    return replace(first, name=name, shape=shape, strides=None, parts=tuple(seen))
+
+
+def _view(view: View, info: TensorInfo) -> TensorInfo:
+    shape, offset = info.shape, info.offset
+    strides = info.strides or _row_major(shape)
+    if view.rows:
+        start, stop = view.rows
+        shape = (stop - start, *shape[1:])
+        offset += start * strides[0] * BITS[info.dtype] // 8
+    if view.transpose:
+        shape, strides = shape[::-1], strides[::-1]
+    in_order = not view.transpose and info.strides is None
+    if view.shape is not None:
+        if not in_order and _without_ones(view.shape) != _without_ones(shape):
+            raise Refusal(f"{info.name} does not lie in one piece in its file; save it again")
+        left = iter(s for n, s in zip(shape, strides, strict=True) if n != 1)
+        strides = tuple(1 if n == 1 else next(left, 1) for n in view.shape)
+        shape = view.shape
+    return replace(info, shape=shape, offset=offset, strides=None if in_order else strides)
+
+
+def _row_major(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+def _without_ones(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(n for n in shape if n != 1)
