@@ -12,6 +12,7 @@ import plymix
 import tiny
 from maps import ARCH, converted, golden_map
 from plymix import api, archs, engine, pairing, plan, replay
+from plymix.cli.merging import classic
 from plymix.errors import Refusal
 from plymix.expr import Leaf, Sum, Tensor, leaves
 from plymix.formats import open_model
@@ -328,6 +329,40 @@ def test_parts_of_different_dtypes_are_refused(tmp_path, files):
     save(encoder, tensors)
     with pytest.raises(Refusal, match=r"k_proj.weight \(F32\).*must be of one dtype"):
         planned(files["sd2"]["a"], mixed)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_what_is_told_of_a_folder(tmp_path, files, model):
+    f = files[model]
+    unet = {k: t for k, t in weights(model, 0).items() if k.startswith(tiny.UNET)}
+    bare = save(
+        tmp_path / "bare.safetensors", {k.removeprefix(tiny.UNET): t for k, t in unet.items()}
+    )
+    report, file = plymix.inspect(f["da"]), plymix.inspect(f["a"])
+    assert report.title == f"{file.title} (diffusers names)"
+    assert (report.dialect, report.unknown.count) == ("diffusers", 0)
+    assert [c.name for c in report.components] == [
+        c.name for c in file.components if c.name in golden_map(model)
+    ]
+    parameters = [
+        {b.name: b.parameters for b in told.blocks if b.name in archs.load(model).blocks}
+        for told in (report, file)
+    ]
+    assert parameters[0] == parameters[1]
+    part, alone = (plymix.inspect(p, hashes=True) for p in (f["da"] / "unet", bare))
+    assert part.total.tensors == len(unet)
+    assert part.hashes.tensors == alone.hashes.tensors  # whatever the names, the same weights
+    assert plymix.check(f["da"]).ok
+
+
+def test_block_lists_for_folders(files):
+    f = files["sdxl"]
+    with pytest.raises(Refusal, match="25 numbers given; SDXL wants 19"):
+        classic(str(f["da"]), str(f["b"]), 0.5, ",".join(["0.25"] * 25))
+    numbers = ",".join(["0.25"] * 19)
+    told = [classic(str(f[name]), str(f["b"]), 0.5, numbers)[1] for name in ("a", "da")]
+    assert told[0] == told[1]
+    assert (told[1]["BASE"], told[1]["IN04"], len(told[1])) == (0.5, 0.25, 20)
 
 
 # --- the result

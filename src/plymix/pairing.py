@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from plymix import archs
-from plymix.archs import Architecture, Detection
+from plymix.archs import Architecture, Detection, Place
 from plymix.archs.dialect_tables import tables
 from plymix.archs.dialects import Part, View, canonical, recognise
 from plymix.errors import Refusal, listed
@@ -27,16 +27,23 @@ class Paired:
 
     `dialect` says whose names the file itself has ("": the architecture's own). `unpaired` are its
     keys without a counterpart, `left_out` those of components that are no part of a checkpoint, by
-    reason. `absent` are names (or, with a dot at the end, starts of names) that no file of the
-    dialect has, and why.
+    reason. `names` are those in `tensors` by the file's keys (one that is several: its first).
+    `absent` are names (or, with a dot at the end, starts of names) that no file of the dialect has,
+    and why.
     """
 
     detection: Detection
     tensors: Mapping[str, TensorInfo]
     dialect: str = ""
+    names: Mapping[str, str] = field(default_factory=dict)
     unpaired: tuple[str, ...] = ()
     left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     absent: Mapping[str, str] = field(default_factory=dict)
+
+    def place(self, key: str) -> Place | None:
+        """Where the file's key belongs; None for no key of the architecture."""
+        name = self.names.get(key) if self.dialect else key
+        return self.detection.arch.place(name) if self.detection.arch and name else None
 
     def lacks(self, key: str) -> bool:
         """Whether it is the dialect's way not to have the tensor `key`."""
@@ -97,6 +104,7 @@ def _deciding(parts: Sequence[Part], arch: Architecture | None) -> Part | None:
 def _paired(arch: Architecture, groups: Mapping[str, Group]) -> Paired:
     known = {component for owner, component in tables(DIFFUSERS) if owner == arch.name}
     paired: dict[str, TensorInfo] = {}
+    names: dict[str, str] = {}
     strangers: list[str] = []
     left_out: dict[str, tuple[str, ...]] = {}
     absent: dict[str, str] = {}
@@ -107,10 +115,13 @@ def _paired(arch: Architecture, groups: Mapping[str, Group]) -> Paired:
             continue
         found = canonical(arch, DIFFUSERS, component, _shapes(group))
         paired.update((name, _seen(name, views, group)) for name, views in found.views.items())
+        for name, views in found.views.items():
+            for view in views:
+                names.setdefault(group[view.key].name, name)
         strangers += (group[key].name for key in found.unpaired)
         absent.update(found.absent)
     detection = _detection(arch, paired)
-    return Paired(detection, paired, DIFFUSERS, tuple(strangers), left_out, absent)
+    return Paired(detection, paired, DIFFUSERS, names, tuple(strangers), left_out, absent)
 
 
 def _detection(arch: Architecture, tensors: Group) -> Detection:

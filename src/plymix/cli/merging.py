@@ -144,14 +144,14 @@ def _resolved(
     model: str, text: str, base: float | None, own: Mapping[str, Sequence[float]]
 ) -> Resolved | None:
     """The weights for the blocks of `model`; None if it is no model (the plan says so better)."""
-    from plymix import api, archs
+    from plymix import api, pairing
     from plymix import weights as settings
 
     setting = settings.parse(text, field="--weights", blocks=settings.SD1_BLOCKS, own=own)
     if isinstance(setting, float):
         setting = (setting,)  # a list of one: refused with the number that is expected
     with api.open(model) as source:
-        arch = archs.detect({key: info.shape for key, info in source.tensors.items()}).arch
+        arch = pairing.pair(source).detection.arch
     if arch is None:
         return None
     return settings.resolve(
