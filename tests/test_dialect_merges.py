@@ -93,6 +93,19 @@ def differing(got, want):
     return {key for key, value in got.items() if want.get(key) != value}
 
 
+def raw(tensors):
+    return {key: x.tobytes() for key, (_, x) in tensors.items()}
+
+
+def halves(made, found):
+    """The float16 tensors of {key: bytes} with a header, as `weights` gives them."""
+    return {
+        key: ("F16", np.frombuffer(value, np.float16).reshape(made[key][1]))
+        for key, value in found.items()
+        if made[key][0] == "F16"
+    }
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """{model: {"a", "b", "c": single files, "da", "db", "dc": the same as diffusers folders}}"""
@@ -186,7 +199,9 @@ def test_every_spelling_of_sd1(tmp_path, files):
         assert mix(f["a"], path) == expected, name
     # and the other way round
     got = mix(tmp_path / "diffusion_pytorch_model.safetensors", f["a"])
-    assert got == {key: want[key] for key in unet}
+    assert got == raw(
+        in_diffusers_names("sd1", halves(tiny.header("sd1"), want), ("unet",))["unet"]
+    )
     got = mix(f["db"], tmp_path / "nai.safetensors")
     assert not differing(got, data(f["b"]))
 
@@ -208,19 +223,34 @@ def test_denoisers_in_one_file(tmp_path, model):
         theirs = in_diffusers_names(model, tensors, (component,))[component]
         save(tmp_path / f"d{name}.safetensors", theirs)
     names = {arch.place(key).key: key for key in made}
+    lost = {names[key] for key in dropped(model) & names.keys()}
     a, b, da, db = (tmp_path / f"{name}.safetensors" for name in ("a", "b", "da", "db"))
     with planned(da, b) as found:
         assert found.arch == arch
         assert found.base.paired.dialect == "diffusers"
-    want = mix(a, b)
-    got = mix(a, db)
-    assert got.keys() == want.keys()
-    assert {names[key] for key in dropped(model) & names.keys()} >= differing(got, want)
-    for first, second in ((da, b), (da, db)):
-        got = mix(first, second)
-        assert {names[key]: value for key, value in got.items()} == {
-            names[key]: want[names[key]] for key in names.keys() - dropped(model)
-        }
+        assert not [note for note in found.notes if "has the names" in note]
+        assert len(found.places) == len(found.fates) == len(found.tensors)
+    slerp = {"method": "slerp", "a": "a", "b": "b", "alpha": 0.3}  # needs its tensors whole
+    for merge in (mix, lambda a, b: run({"a": a, "b": b}, slerp)):
+        want = merge(a, b)
+        got = merge(a, db)
+        assert got.keys() == want.keys()
+        assert differing(got, want) <= lost
+        # the result of a file in diffusers' names has them too
+        want = raw(in_diffusers_names(model, halves(made, want), (component,))[component])
+        for second in (b, db):
+            assert merge(da, second) == want
+
+
+def test_what_a_component_file_cannot_hold_makes_a_checkpoint(files):
+    f = files["sdxl"]
+    file = f["da"] / "unet" / "diffusion_pytorch_model.safetensors"
+    a, b = data(f["a"]), data(f["b"])
+    with planned(file, f["b"], vae="b") as found:
+        assert any("has the names of SDXL checkpoints" in note for note in found.notes)
+    got = mix(file, f["b"], 0.0, vae="b")
+    assert not differing(got, a | {k: v for k, v in b.items() if k.startswith("first_stage")})
+    assert len(got) == 1680 + 248
 
 
 # --- components

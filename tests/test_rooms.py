@@ -30,7 +30,7 @@ ALLOWED = {
     "kernels": {"errors", "kernels"},
     "hashes": {"errors", "hashes"},
     "expr": {"errors", "registry", "formats", "expr"},
-    "pairing": FORMATS | ARCHS | {"pairing"},
+    "pairing": FORMATS | ARCHS | {"expr", "pairing"},
     "plan": BOTTOM | {"pairing", "plan", "adapters"},
     "engine": BOTTOM | {"plan", "engine", "gpu"},
 }

@@ -35,6 +35,7 @@ from plymix.expr import (
     Leaf,
     Narrow,
     Patch,
+    Spelt,
     Sum,
     Tensor,
     calls,
@@ -447,6 +448,9 @@ class Worker:
                 return wide
             case Narrow():
                 return self.evaluate(expr.wide)[:, : expr.channels]
+            case Spelt():
+                whole = _to_numpy(self.evaluate(expr.whole))
+                return np.concatenate([_spelt(whole, *piece) for piece in expr.pieces])
             case Const():
                 return kernels.float32(expr.data, expr.dtype).reshape(expr.shape)
 
@@ -490,6 +494,14 @@ def _add(total: kernels.Sum, n: int, inputs: Sequence[memoryview], out: memoryvi
         b = min(a + kernels.BLOCK, n)
         parts = [x[a * s : b * s] for x, s in zip(inputs, sizes, strict=True)]
         total(b - a, parts, out[a * size : b * size])
+
+
+def _spelt(
+    array: Any, rows: tuple[int, int] | None, swapped: bool, shape: tuple[int, ...] | None
+) -> Any:
+    array = array[slice(*rows)] if rows else array
+    array = array.T if swapped else array
+    return array if shape is None else array.reshape(shape)
 
 
 def weighted(arrays: Sequence[Any], coefficients: Sequence[float]) -> Any:

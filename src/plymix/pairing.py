@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 from plymix import archs
 from plymix.archs import Architecture, Detection, Place
 from plymix.archs.dialect_tables import tables
-from plymix.archs.dialects import Part, View, canonical, recognise
+from plymix.archs.dialects import Part, View, Views, canonical, inverse, recognise
 from plymix.errors import Refusal, listed
+from plymix.expr import Expr, Spelt, elementwise, mapped
 from plymix.formats.base import BITS, Source, TensorInfo
 from plymix.formats.diffusers import MODEL_INDEX
 
@@ -29,7 +31,7 @@ class Paired:
     keys without a counterpart, `left_out` those of components that are no part of a checkpoint, by
     reason. `names` are those in `tensors` by the file's keys (one that is several: its first).
     `absent` are names (or, with a dot at the end, starts of names) that no file of the dialect has,
-    and why.
+    and why. `spelling` is the way back for a file of one component: each key's views of `tensors`.
     """
 
     detection: Detection
@@ -39,6 +41,7 @@ class Paired:
     unpaired: tuple[str, ...] = ()
     left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     absent: Mapping[str, str] = field(default_factory=dict)
+    spelling: Views = field(default_factory=dict)
 
     def place(self, key: str) -> Place | None:
         """Where the file's key belongs; None for no key of the architecture."""
@@ -69,7 +72,12 @@ def pair(source: Source, arch: Architecture | None = None) -> Paired:
     if plain.detection.arch and not plain.detection.dialect:
         return plain
     part = _deciding(recognise(_shapes(source.tensors)), arch)
-    return _paired(part.arch, {part.component: source.tensors}) if part else plain
+    if part is None:
+        return plain
+    shapes_of = _shapes(source.tensors)
+    views = canonical(part.arch, DIFFUSERS, part.component, shapes_of).views
+    paired = _paired(part.arch, {part.component: source.tensors})
+    return replace(paired, spelling=inverse(views, shapes_of))
 
 
 def unpaired(source: Source) -> Paired:
@@ -140,6 +148,18 @@ def _unknown(source: Source, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]
     return Paired(Detection(None, "base", "folder", title, seen=found.seen), source.tensors)
 
 
+# --- the way back
+
+
+def spelt(expr: Expr, views: Sequence[View]) -> Expr:
+    """The tensor that `views` of a canonical one make up, which is `expr`."""
+    if all((view.rows, view.transpose, view.shape) == (None, False, None) for view in views):
+        return expr
+    if elementwise(expr):
+        return mapped(expr, lambda info: _seen(info.name, views, {views[0].key: info}))
+    return Spelt(expr, tuple((view.rows, view.transpose, view.shape) for view in views))
+
+
 # --- where the numbers lie
 
 
@@ -154,26 +174,45 @@ def _seen(name: str, views: Iterable[View], group: Group) -> TensorInfo:
         text = " and ".join(f"{info.name} ({info.encoding or info.dtype})" for info in seen)
         raise Refusal(f"{text} are parts of one tensor, {name}: they must be of one dtype")
     shape = (sum(info.shape[0] for info in seen), *first.shape[1:])
-    return replace(first, name=name, shape=shape, strides=None, parts=tuple(seen))
+    parts = tuple(part for info in seen for part in info.parts or (info,))
+    return replace(first, name=name, shape=shape, strides=None, parts=parts)
 
 
 def _view(view: View, info: TensorInfo) -> TensorInfo:
-    shape, offset = info.shape, info.offset
-    strides = info.strides or _row_major(shape)
-    if view.rows:
-        start, stop = view.rows
-        shape = (stop - start, *shape[1:])
-        offset += start * strides[0] * BITS[info.dtype] // 8
+    info = _rows(info, *view.rows) if view.rows else info
+    shape, strides = info.shape, info.strides or _row_major(info.shape)
     if view.transpose:
         shape, strides = shape[::-1], strides[::-1]
-    in_order = not view.transpose and info.strides is None
+    in_order = info.strides is None and not view.transpose
+    if info.parts and view.transpose:
+        raise Refusal(f"{info.name} lies in several pieces; save it as one")
     if view.shape is not None:
         if not in_order and _without_ones(view.shape) != _without_ones(shape):
             raise Refusal(f"{info.name} does not lie in one piece in its file; save it again")
         left = iter(s for n, s in zip(shape, strides, strict=True) if n != 1)
         strides = tuple(1 if n == 1 else next(left, 1) for n in view.shape)
         shape = view.shape
-    return replace(info, shape=shape, offset=offset, strides=None if in_order else strides)
+    in_order = in_order or strides == _row_major(shape)
+    return replace(info, shape=shape, strides=None if in_order else strides)
+
+
+def _rows(info: TensorInfo, start: int, stop: int) -> TensorInfo:
+    """Rows [start, stop) of axis 0."""
+    shape = (stop - start, *info.shape[1:])
+    if info.parts:
+        ends = list(accumulate(part.shape[0] for part in info.parts))
+        pieces = [
+            _rows(part, max(start - end + part.shape[0], 0), min(stop - end, 0) + part.shape[0])
+            for part, end in zip(info.parts, ends, strict=True)
+            if start < end and stop > end - part.shape[0]
+        ]
+        first = pieces[0]
+        return replace(
+            first, name=info.name, shape=shape, parts=tuple(pieces) if len(pieces) > 1 else ()
+        )
+    strides = info.strides or _row_major(info.shape)
+    offset = info.offset + start * strides[0] * BITS[info.dtype] // 8
+    return replace(info, shape=shape, offset=offset)
 
 
 def _row_major(shape: Sequence[int]) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from typing import Any
 
 from plymix import archs, pairing, weights
 from plymix.archs import Architecture, Detection, Place
+from plymix.archs.dialects import shape_of
 from plymix.errors import Refusal, listed, unknown
 from plymix.expr import (
     Call,
@@ -131,11 +132,12 @@ class Plan:
 
     def memory(self, threads: int) -> int:
         """An upper bound of the memory the merge needs with so many threads, in bytes."""
-        whole = [
-            t.numel * 4 * (2 + len(set(leaves(t.expr))))
-            for t in self.tensors
-            if not plain_terms(t.expr) and not chunkable(t.expr)
-        ]
+        whole = []
+        for t in self.tensors:
+            if not plain_terms(t.expr) and not chunkable(t.expr):
+                found = set(leaves(t.expr))
+                largest = max((leaf.info.numel for leaf in found), default=t.numel)
+                whole.append(largest * 4 * (2 + len(found)))
         return (64 << 20) + threads * max(whole, default=0)
 
     def tensors_of(self, block: str) -> tuple[Tensor, ...]:
@@ -253,6 +255,7 @@ class _Planner:
         dropped, unmatched = self._account(tensors)
         self._nothing_matched(tensors)
         self._strength(tensors, fates)
+        tensors, places, fates = self._respelt(tensors, places, fates)
         if self.strict and any(unmatched.values()):
             worst = {k: v for k, v in unmatched.items() if v}
             text = "; ".join(f"{listed(v)} only in {k}" for k, v in worst.items())
@@ -458,11 +461,6 @@ class _Planner:
             paired = i.paired
             if not paired.dialect:
                 continue
-            if i is self.base:
-                self.notes.append(
-                    f"{i.label} has {paired.dialect}' names; the result has the names of"
-                    f" {self.short} checkpoints, in one file"
-                )
             for why, keys in paired.left_out.items():
                 self.notes.append(f"{i.label}: {len(keys)} tensors left out: {why}")
             if paired.unpaired:
@@ -504,6 +502,36 @@ class _Planner:
         if key in self.base.tensors:
             return self.base.tensors[key].name
         return next(i.tensors[key].name for i in self.inputs if key in i.tensors)
+
+    def _respelt(
+        self, tensors: tuple[Tensor, ...], places: dict[str, Place], fates: dict[str, Fate]
+    ) -> tuple[tuple[Tensor, ...], dict[str, Place], dict[str, Fate]]:
+        """The tensors as the base's own dialect has them, if its file is one component of it."""
+        paired = self.base.paired
+        made = {tensor.name: tensor for tensor in tensors}
+        homes = {key: views[0].key for key, views in paired.spelling.items()}
+        if not homes or not made.keys() <= set(homes.values()):
+            if paired.dialect:
+                self.notes.append(
+                    f"{self.base.label} has {paired.dialect}' names; the result has the names of"
+                    f" {self.short} checkpoints, in one file"
+                )
+            return tensors, places, fates
+        kept = {key: home for key, home in homes.items() if home in made}
+        spelt = tuple(
+            replace(
+                made[home],
+                name=key,
+                shape=shape_of(paired.spelling[key], {home: made[home].shape}),
+                expr=pairing.spelt(made[home].expr, paired.spelling[key]),
+            )
+            for key, home in kept.items()
+        )
+        return (
+            spelt,
+            {key: places[home] for key, home in kept.items()},
+            {key: fates[home] for key, home in kept.items()},
+        )
 
     def _keys(self) -> Iterator[tuple[str, Place]]:
         """Canonical keys of the output, in the base model's order, then those added by rule."""
