@@ -290,6 +290,22 @@ def test_a_component_of_another_architecture_is_refused(files):
         planned(files["sd1"]["a"], files["sdxl"]["db"])
 
 
+def test_inpainting_from_a_folder(tmp_path, files):
+    f = files["sd1"]
+    nine = single(tmp_path / "nine.safetensors", "sd1-inpainting", 5)
+    there = in_diffusers_names("sd1", load(nine)[0])
+    unet = save(tmp_path / "unet.safetensors", there["unet"])
+    key = tiny.UNET + "input_blocks.0.0.weight"
+    with planned(f["da"], unet) as found:
+        assert found.inputs[1].detection.variant == "inpainting"
+    one = mix(f["a"], nine)
+    assert len(one[key]) == 8 * 9 * 9 * 2
+    for second in (unet, nine):
+        got = mix(f["da"], second)
+        assert got[key] == one[key]
+    assert mix(unet, f["da"])["conv_in.weight"] == mix(nine, f["a"])[key] == one[key]
+
+
 # --- accounts
 
 
@@ -404,6 +420,10 @@ def test_results_can_be_made_again(tmp_path, files, first, second):
     out, again = tmp_path / "out.safetensors", tmp_path / "again.safetensors"
     plymix.merge(f[first], f[second], out, alpha="GRAD_V", base=0.4)
     home = f["a"].parent
+    if second == "db":  # the same folder by the file in it
+        by_index = tmp_path / "index.safetensors"
+        plymix.merge(f[first], f[second] / "model_index.json", by_index, alpha="GRAD_V", base=0.4)
+        assert by_index.read_bytes() == out.read_bytes()
     assert replay.verify(out, folders=[home]).ok
     replay.replay(out, again, folders=[home])
     assert again.read_bytes() == out.read_bytes()

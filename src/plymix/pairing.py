@@ -67,17 +67,15 @@ def pair(source: Source, arch: Architecture | None = None) -> Paired:
             part for name in groups for part in recognise(shapes[name]) if part.component == name
         )
         part = _deciding(list(parts), arch)
-        return _paired(part.arch, groups) if part else _unknown(source, shapes)
+        # One file cannot hold a folder's components by their own names, which clash.
+        return (
+            replace(_paired(part.arch, groups), spelling={}) if part else _unknown(source, shapes)
+        )
     plain = unpaired(source)
     if plain.detection.arch and not plain.detection.dialect:
         return plain
     part = _deciding(recognise(_shapes(source.tensors)), arch)
-    if part is None:
-        return plain
-    shapes_of = _shapes(source.tensors)
-    views = canonical(part.arch, DIFFUSERS, part.component, shapes_of).views
-    paired = _paired(part.arch, {part.component: source.tensors})
-    return replace(paired, spelling=inverse(views, shapes_of))
+    return _paired(part.arch, {part.component: source.tensors}) if part else plain
 
 
 def unpaired(source: Source) -> Paired:
@@ -112,24 +110,32 @@ def _deciding(parts: Sequence[Part], arch: Architecture | None) -> Part | None:
 def _paired(arch: Architecture, groups: Mapping[str, Group]) -> Paired:
     known = {component for owner, component in tables(DIFFUSERS) if owner == arch.name}
     paired: dict[str, TensorInfo] = {}
-    names: dict[str, str] = {}
     strangers: list[str] = []
     left_out: dict[str, tuple[str, ...]] = {}
     absent: dict[str, str] = {}
+    spelling: dict[str, tuple[View, ...]] = {}
     for component, group in groups.items():
         if component not in known:
             why = f"{component} is no part of {arch.short} checkpoints"
             left_out[why] = tuple(info.name for info in group.values())
             continue
-        found = canonical(arch, DIFFUSERS, component, _shapes(group))
+        shapes = _shapes(group)
+        found = canonical(arch, DIFFUSERS, component, shapes)
         paired.update((name, _seen(name, views, group)) for name, views in found.views.items())
-        for name, views in found.views.items():
-            for view in views:
-                names.setdefault(group[view.key].name, name)
+        back = inverse(found.views, shapes)
+        spelling.update((group[key].name, views) for key, views in back.items())
         strangers += (group[key].name for key in found.unpaired)
         absent.update(found.absent)
-    detection = _detection(arch, paired)
-    return Paired(detection, paired, DIFFUSERS, names, tuple(strangers), left_out, absent)
+    return Paired(
+        _detection(arch, paired),
+        paired,
+        DIFFUSERS,
+        {key: views[0].key for key, views in spelling.items()},
+        tuple(strangers),
+        left_out,
+        absent,
+        spelling,
+    )
 
 
 def _detection(arch: Architecture, tensors: Group) -> Detection:

@@ -39,6 +39,7 @@ from plymix.expr import (
 )
 from plymix.formats import open_model, writer_for
 from plymix.formats.base import Entry, Layout, Source, TensorInfo
+from plymix.formats.diffusers import MODEL_INDEX
 from plymix.pairing import Paired
 from plymix.recipe import BLEND, DTYPES, Recipe, Step
 from plymix.registry import Method, Param, get_method
@@ -70,7 +71,9 @@ class Input:
     @property
     def label(self) -> str:
         """The file's name as the recipe has it, without folders; what is not text becomes '?'."""
-        return PurePath(self.file).name.encode("utf-8", "replace").decode()
+        path = PurePath(self.file)
+        path = path.parent if path.name == MODEL_INDEX and path.parent.name else path
+        return path.name.encode("utf-8", "replace").decode()
 
     @property
     def components(self) -> frozenset[str]:
@@ -509,7 +512,7 @@ class _Planner:
         """The tensors as the base's own dialect has them, if its file is one component of it."""
         paired = self.base.paired
         made = {tensor.name: tensor for tensor in tensors}
-        homes = {key: views[0].key for key, views in paired.spelling.items()}
+        homes = paired.names if paired.spelling else {}
         if not homes or not made.keys() <= set(homes.values()):
             if paired.dialect:
                 self.notes.append(
