@@ -330,6 +330,24 @@ def test_what_has_no_place_is_left_out_and_named(tmp_path):
         plan.build(recipe({"a": a, "b": b}, arch=""), strict=True)
 
 
+def test_a_component_file_keeps_what_only_it_has(tmp_path, files):
+    # The U-Nets of latent consistency models have a tensor more than any checkpoint's.
+    there = in_diffusers_names("sd1", weights("sd1", 0))["unet"]
+    extra = {"time_embedding.cond_proj.weight": ("F16", np.ones((8, 4), np.float16))}
+    unet = save(tmp_path / "lcm.safetensors", there | extra)
+    b = files["sd1"]["b"]
+    with planned(unet, b) as found:
+        assert found.unmatched["a"] == ()
+        assert (
+            "lcm.safetensors: 1 tensors unknown to SD1, copied: time_embedding.cond_proj.weight"
+            in found.notes
+        )
+    got = mix(unet, b)
+    assert got.keys() == there.keys() | extra.keys()
+    assert got["time_embedding.cond_proj.weight"] == np.ones(32, np.float16).tobytes()
+    assert mix(unet, b, 0.0) == raw(there | extra)
+
+
 def test_what_a_plan_says(files):
     f = files["sd2"]
     with planned(f["da"], f["b"]) as found:

@@ -254,11 +254,11 @@ class _Planner:
         self.followed = {archs.ema_key(key): key for key in self.base.tensors}
         self.adjusted = _Adjustment(recipe.output.adjust, self.arch)
         tensors, places, fates = self._tensors()
+        tensors, places, fates = self._respelt(tensors, places, fates)
         self._idle_rules()
         dropped, unmatched = self._account(tensors)
         self._nothing_matched(tensors)
         self._strength(tensors, fates)
-        tensors, places, fates = self._respelt(tensors, places, fates)
         if self.strict and any(unmatched.values()):
             worst = {k: v for k, v in unmatched.items() if v}
             text = "; ".join(f"{listed(v)} only in {k}" for k, v in worst.items())
@@ -340,14 +340,16 @@ class _Planner:
                     f"{self.base.label} is {base.title} and {i.label} is {i.detection.title}:"
                     " they cannot be merged; choose two models of one architecture"
                 )
-            if i.strangers:
-                what = f"unknown to {base.arch.short if base.arch else ''}"
-                fate = "copied" if i is self.base else "left out"
-                self.notes.append(
-                    f"{i.label}: {len(i.strangers)} tensors {what}, {fate}: {listed(i.strangers)}"
-                )
         assert base.arch is not None
         self.arch, self.blocks, self.short = base.arch, base.arch.blocks, base.arch.short
+        for i in self.by_name.values():
+            if i.strangers:
+                self._strange(i, i.strangers, "copied" if i is self.base else "left out")
+
+    def _strange(self, i: Input, keys: Sequence[str], fate: str) -> None:
+        self.notes.append(
+            f"{i.label}: {len(keys)} tensors unknown to {self.short}, {fate}: {listed(keys)}"
+        )
 
     def _not_quantised(self) -> None:
         for i in self.by_name.values():
@@ -466,11 +468,8 @@ class _Planner:
                 continue
             for why, keys in paired.left_out.items():
                 self.notes.append(f"{i.label}: {len(keys)} tensors left out: {why}")
-            if paired.unpaired:
-                self.notes.append(
-                    f"{i.label}: {len(paired.unpaired)} tensors unknown to {self.short}, left out:"
-                    f" {listed(paired.unpaired)}"
-                )
+            if paired.unpaired and i is not self.base:
+                self._strange(i, paired.unpaired, "left out")
             for name, why in paired.absent.items():
                 if i is self.base or any(
                     key.startswith(name) and not self.base.places[key].buffer
@@ -510,31 +509,32 @@ class _Planner:
         self, tensors: tuple[Tensor, ...], places: dict[str, Place], fates: dict[str, Fate]
     ) -> tuple[tuple[Tensor, ...], dict[str, Place], dict[str, Fate]]:
         """The tensors as the base's own dialect has them, if its file is one component of it."""
-        paired = self.base.paired
+        base, paired = self.base, self.base.paired
         made = {tensor.name: tensor for tensor in tensors}
-        homes = paired.names if paired.spelling else {}
-        if not homes or not made.keys() <= set(homes.values()):
+        own = bool(paired.spelling) and made.keys() <= set(paired.names.values())
+        if paired.unpaired:
+            self._strange(base, paired.unpaired, "copied" if own else "left out")
+        if not own:
             if paired.dialect:
                 self.notes.append(
-                    f"{self.base.label} has {paired.dialect}' names; the result has the names of"
+                    f"{base.label} has {paired.dialect}' names; the result has the names of"
                     f" {self.short} checkpoints, in one file"
                 )
             return tensors, places, fates
-        kept = {key: home for key, home in homes.items() if home in made}
-        spelt = tuple(
-            replace(
-                made[home],
-                name=key,
-                shape=shape_of(paired.spelling[key], {home: made[home].shape}),
-                expr=pairing.spelt(made[home].expr, paired.spelling[key]),
-            )
-            for key, home in kept.items()
-        )
-        return (
-            spelt,
-            {key: places[home] for key, home in kept.items()},
-            {key: fates[home] for key, home in kept.items()},
-        )
+        out: list[Tensor] = []
+        homes = {key: home for key, home in paired.names.items() if home in made}
+        for key, home in homes.items():
+            whole, views = made[home], paired.spelling[key]
+            shape, expr = shape_of(views, {home: whole.shape}), pairing.spelt(whole.expr, views)
+            out.append(replace(whole, name=key, shape=shape, expr=expr))
+        places = {key: places[home] for key, home in homes.items()}
+        fates = {key: fates[home] for key, home in homes.items()}
+        for key in paired.unpaired:
+            info = base.source.tensors[key]
+            out.append(Tensor(key, info.dtype, info.shape, Leaf(base.index, info)))
+            places[key] = Place(key, "extra", "BUFFER", "BUFFER", True)
+            fates[key] = Fate("copied", base.label)
+        return tuple(out), places, fates
 
     def _keys(self) -> Iterator[tuple[str, Place]]:
         """Canonical keys of the output, in the base model's order, then those added by rule."""
@@ -771,7 +771,7 @@ class _Planner:
                     rules.setdefault(rule, []).append(info.name)
                 else:
                     alone.append(info.name)
-            alone += i.paired.unpaired
+            alone += (key for key in i.paired.unpaired if (i.index, key) not in used)
             rules.update((why, list(keys)) for why, keys in i.paired.left_out.items())
             if i.name not in self.by_name:
                 rules.setdefault("not part of the component", []).extend((*alone, *i.strangers))

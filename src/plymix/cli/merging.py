@@ -295,7 +295,8 @@ def remarks(plan: Plan) -> Iterator[str]:
         for rule, keys in plan.dropped.get(i.name, {}).items():
             if rule.startswith("ema") and i.name in plan.recipe.models:
                 yield f"{i.label}: {len(keys)} EMA tensors left out ({rule})"
-        alone = [k for k in plan.unmatched.get(i.name, ()) if k not in i.strangers]
+        told = {*i.strangers, *i.paired.unpaired}
+        alone = [k for k in plan.unmatched.get(i.name, ()) if k not in told]
         if alone and i is not plan.base:
             yield f"{i.label}: {len(alone)} tensors without a partner, left out: {listed(alone)}"
 
