@@ -30,7 +30,8 @@ ALLOWED = {
     "kernels": {"errors", "kernels"},
     "hashes": {"errors", "hashes"},
     "expr": {"errors", "registry", "formats", "expr"},
-    "plan": BOTTOM | {"plan", "adapters"},
+    "pairing": FORMATS | ARCHS | {"expr", "pairing"},
+    "plan": BOTTOM | {"pairing", "plan", "adapters"},
     "engine": BOTTOM | {"plan", "engine", "gpu"},
 }
 TOP = {"cli", "web"}

@@ -363,7 +363,7 @@ def _hasher(files: Sequence[Path], recipe: Recipe, i: Input) -> Callable[[Callab
 
 def explained(plan: Plan) -> Explanation:
     """The account of a plan, for people and for JSON."""
-    from plymix.expr import calls, plain_terms
+    from plymix.expr import calls, leaf_terms
 
     order = [*(plan.arch.blocks if plan.arch else ()), "BASE", "VAE", "EMA", "BUFFER"]
     rows: dict[tuple[str, str], list[Any]] = {}
@@ -381,7 +381,7 @@ def explained(plan: Plan) -> Explanation:
         seen: Counter[tuple[tuple[str, float], ...]] = Counter()
         methods: set[str] = set()
         for t in tensors:
-            terms = plain_terms(t.expr)
+            terms = leaf_terms(t.expr)
             methods.update(call.method for call in calls(t.expr))
             if terms:
                 total: dict[str, float] = {}

@@ -8,6 +8,8 @@ the bytes do not depend on who does what, or when:
 * sums: neighbouring tensors with the same coefficients are one span, computed in chunks that stay
   in the processor's cache;
 * chunks of element-wise methods; whole tensors for methods that need them.
+
+A tensor that lies in several pieces in an input is cut where they meet, so that each goes its way.
 """
 
 from __future__ import annotations
@@ -33,10 +35,13 @@ from plymix.expr import (
     Leaf,
     Narrow,
     Patch,
+    Spelt,
     Sum,
     Tensor,
     calls,
     chunkable,
+    cut,
+    leaf_terms,
     leaves,
     plain_terms,
     positional,
@@ -143,18 +148,30 @@ def items(tensors: Sequence[Tensor]) -> list[Item]:
     for tensor in sorted(tensors, key=lambda t: t.offset):
         if not tensor.nbytes:
             continue
-        item = _item(tensor)
-        both = _join(joined[-1], item) if joined else None
-        if both is not None:
-            joined[-1] = both
-        else:
-            joined.append(item)
+        for item in map(_item, _pieces(tensor)):
+            both = _join(joined[-1], item) if joined else None
+            if both is not None:
+                joined[-1] = both
+            else:
+                joined.append(item)
     return [part for item in joined for part in _cut(item)]
+
+
+def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """`tensor`, cut where its inputs go on elsewhere, unless it needs them whole."""
+    ends = sorted({end for leaf in leaves(tensor.expr) for end in leaf.info.ends})
+    if len(ends) < 2 or not chunkable(tensor.expr):
+        yield tensor
+        return
+    for start, stop in zip([0, *ends], ends, strict=False):
+        at = tensor.offset + start * BITS[tensor.dtype] // 8
+        part = cut(tensor.expr, start, stop)
+        yield replace(tensor, shape=(stop - start,), expr=part, offset=at)
 
 
 def _item(tensor: Tensor) -> Item:
     expr = tensor.expr
-    if isinstance(expr, Leaf) and expr.info.dtype == tensor.dtype and expr.info.strides is None:
+    if isinstance(expr, Leaf) and expr.info.dtype == tensor.dtype and not expr.info.scattered:
         info = expr.info
         return CopyItem(expr.source, info.file, info.offset, tensor.offset, tensor.nbytes)
     terms = plain_terms(expr)
@@ -336,9 +353,12 @@ class Worker:
                 match tensor.expr:
                     case Const(known):
                         self.job.target.write_at(tensor.offset, known)
-                    case Leaf(source, info) if info.dtype == tensor.dtype:  # strided: gathered
+                    case Leaf(source, info) if info.dtype == tensor.dtype:  # gathered
                         data = self.job.sources[source].read(info)
                         self.job.target.write_at(tensor.offset, data)
+                    case expr if terms := leaf_terms(expr):
+                        data = self._sum_gathered(tensor, terms)
+                        self._put(tensor.offset, data, tensor.dtype)
                     case expr:
                         self._store(tensor, 0, self.evaluate(expr))
                 self.job.add(tensor.nbytes)
@@ -357,12 +377,15 @@ class Worker:
             moved += n
             self.job.add(n)
 
-    def _sum(self, item: SumItem) -> None:
-        key = (tuple((o.c, o.dtype) for o in item.operands), item.dtype)
-        total = self._sums.get(key)
-        if total is None:
+    def _total(self, terms: tuple[tuple[float, str], ...], dtype: str) -> kernels.Sum:
+        key = (terms, dtype)
+        if key not in self._sums:
             self._sums.clear()  # spans with equal coefficients come one after the other
-            total = self._sums[key] = kernels.Sum(*key)
+            self._sums[key] = kernels.Sum(*key)
+        return self._sums[key]
+
+    def _sum(self, item: SumItem) -> None:
+        total = self._total(tuple((o.c, o.dtype) for o in item.operands), item.dtype)
         size = BITS[item.dtype] // 8
         fits = ROOM // (size + sum(o.size for o in item.operands))
         chunk = max(kernels.BLOCK, fits - fits % kernels.BLOCK)
@@ -375,13 +398,7 @@ class Worker:
                 source.read_at(o.file, o.offset + start * o.size, buffer)
                 inputs.append(buffer)
             out = self.buffer(0, n * size)
-            for a in range(0, n, kernels.BLOCK):
-                m = min(kernels.BLOCK, n - a)
-                parts = [
-                    x[a * o.size : (a + m) * o.size]
-                    for x, o in zip(inputs, item.operands, strict=True)
-                ]
-                total(m, parts, out[a * size : (a + m) * size])
+            _add(total, n, inputs, out)
             self._put(item.at + start * size, out, item.dtype)
             self.job.add(n * size)
 
@@ -397,6 +414,19 @@ class Worker:
         out = gpu.linear_sum(inputs, item.dtype, self.job.device)
         self._put(item.at, out, item.dtype)
         self.job.add(item.nbytes)
+
+    def _sum_gathered(self, tensor: Tensor, terms: Sequence[tuple[float, Leaf]]) -> Any:
+        """The sum of tensors that do not lie in order; the bytes are those of a sum in order."""
+        inputs = [memoryview(self.job.sources[x.source].read(x.info)) for _, x in terms]
+        kinds = tuple((c, x.info.dtype) for c, x in terms)
+        if self.job.device != "cpu":
+            from plymix import gpu
+
+            given = [(*kind, data) for kind, data in zip(kinds, inputs, strict=True)]
+            return gpu.linear_sum(given, tensor.dtype, self.job.device)
+        out = memoryview(bytearray(tensor.nbytes))
+        _add(self._total(kinds, tensor.dtype), tensor.numel, inputs, out)
+        return out
 
     def _chunk(self, item: ChunkItem) -> None:
         tensor = item.tensor
@@ -441,12 +471,15 @@ class Worker:
                 return wide
             case Narrow():
                 return self.evaluate(expr.wide)[:, : expr.channels]
+            case Spelt():
+                whole = _to_numpy(self.evaluate(expr.whole))
+                return np.concatenate([_spelt(whole, *piece) for piece in expr.pieces])
             case Const():
                 return kernels.float32(expr.data, expr.dtype).reshape(expr.shape)
 
     def _load(self, leaf: Leaf, part: tuple[int, int] | None) -> Any:
         info, source = leaf.info, self.job.sources[leaf.source]
-        if info.strides is not None:
+        if part is None and (info.parts or info.scattered):
             array = kernels.float32(source.read(info), info.dtype).reshape(info.shape)
         else:
             first, n = part or (0, info.numel)
@@ -490,6 +523,24 @@ def _widen(data: Any, dtype: str, out: Any) -> None:
         do.single(x, out)
     else:
         do.widen(x, dtype, out)
+
+
+def _add(total: kernels.Sum, n: int, inputs: Sequence[memoryview], out: memoryview) -> None:
+    """`total` of n elements, in blocks."""
+    sizes = [BITS[dtype] // 8 for _, dtype in total.terms]
+    size = BITS[total.out] // 8
+    for a in range(0, n, kernels.BLOCK):
+        b = min(a + kernels.BLOCK, n)
+        parts = [x[a * s : b * s] for x, s in zip(inputs, sizes, strict=True)]
+        total(b - a, parts, out[a * size : b * size])
+
+
+def _spelt(
+    array: Any, rows: tuple[int, int] | None, swapped: bool, shape: tuple[int, ...] | None
+) -> Any:
+    array = array[slice(*rows)] if rows else array
+    array = array.T if swapped else array
+    return array if shape is None else array.reshape(shape)
 
 
 def weighted(arrays: Sequence[Any], coefficients: Sequence[float]) -> Any:

@@ -5,6 +5,7 @@
     Call   a method that is not linear, applied to expressions
     Patch  the first input channels of a wide tensor replaced by an expression
     Narrow the first input channels of an expression
+    Spelt  an expression as another dialect stores it: rows, transposed, reshaped
     Const  bytes known at planning time
 
 `Tensor` joins such a value with its place in the output.
@@ -13,7 +14,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Union
 
@@ -72,6 +73,17 @@ class Narrow:
 
 
 @dataclass(frozen=True, slots=True)
+class Spelt:
+    """Pieces of `whole`, one after the other along axis 0.
+
+    A piece is (rows or None for all, whether its axes are swapped, its shape or None for as it is).
+    """
+
+    whole: Expr
+    pieces: tuple[tuple[tuple[int, int] | None, bool, tuple[int, ...] | None], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Const:
     """A tensor known at planning time."""
 
@@ -80,7 +92,7 @@ class Const:
     shape: tuple[int, ...]
 
 
-Expr = Union[Leaf, Sum, Call, Patch, Narrow, Const]
+Expr = Union[Leaf, Sum, Call, Patch, Narrow, Spelt, Const]
 
 
 def leaves(expr: Expr) -> Iterator[Leaf]:
@@ -99,6 +111,8 @@ def leaves(expr: Expr) -> Iterator[Leaf]:
             yield from leaves(expr.inner)
         case Narrow():
             yield from leaves(expr.wide)
+        case Spelt():
+            yield from leaves(expr.whole)
 
 
 def calls(expr: Expr) -> Iterator[Call]:
@@ -116,22 +130,34 @@ def calls(expr: Expr) -> Iterator[Call]:
             yield from calls(expr.inner)
         case Narrow():
             yield from calls(expr.wide)
+        case Spelt():
+            yield from calls(expr.whole)
 
 
-def plain_terms(expr: Expr) -> tuple[tuple[float, Leaf], ...]:
-    """The terms of a sum of contiguous tensors, or () when `expr` is not one."""
+def leaf_terms(expr: Expr) -> tuple[tuple[float, Leaf], ...]:
+    """The terms of a sum of tensors, or () when `expr` is not one."""
     terms = expr.terms if isinstance(expr, Sum) else ((1.0, expr),)
-    found = tuple((c, x) for c, x in terms if isinstance(x, Leaf) and x.info.strides is None)
+    found = tuple((c, x) for c, x in terms if isinstance(x, Leaf))
     return found if len(found) == len(terms) else ()
 
 
-def chunkable(expr: Expr) -> bool:
-    """Whether every element of `expr` depends on the same element of contiguous inputs only."""
-    return (
-        all(get_method(call.method).kind in ("linear", "elementwise") for call in calls(expr))
-        and all(leaf.info.strides is None for leaf in leaves(expr))
-        and not _reshaped(expr)
+def plain_terms(expr: Expr) -> tuple[tuple[float, Leaf], ...]:
+    """The terms of a sum of tensors that all lie in order, or () when `expr` is not one."""
+    terms = leaf_terms(expr)
+    return () if any(leaf.info.scattered for _, leaf in terms) else terms
+
+
+def elementwise(expr: Expr) -> bool:
+    """Whether every element of `expr` depends on the same element of its inputs only."""
+    kinds = ("linear", "elementwise")
+    return all(get_method(call.method).kind in kinds for call in calls(expr)) and not _reshaped(
+        expr
     )
+
+
+def chunkable(expr: Expr) -> bool:
+    """Whether that is so and all inputs lie in order."""
+    return elementwise(expr) and not any(leaf.info.scattered for leaf in leaves(expr))
 
 
 def _reshaped(expr: Expr) -> bool:
@@ -143,10 +169,27 @@ def _reshaped(expr: Expr) -> bool:
     return not isinstance(expr, Leaf)
 
 
+def cut(expr: Expr, start: int, stop: int) -> Expr:
+    """Elements [start, stop) of a chunkable expression, which lie in one piece in every input."""
+    return mapped(expr, lambda info: info.cut(start, stop))
+
+
+def mapped(expr: Expr, change: Callable[[TensorInfo], TensorInfo]) -> Expr:
+    """An elementwise expression with every input changed in the same way."""
+    match expr:
+        case Leaf(source, info):
+            return Leaf(source, change(info))
+        case Sum():
+            return Sum(tuple((c, mapped(term, change)) for c, term in expr.terms))
+        case Call():
+            return replace(expr, args=tuple(mapped(arg, change) for arg in expr.args))
+    raise AssertionError(f"{type(expr).__name__} is not elementwise")
+
+
 def narrow(expr: Expr, channels: int) -> Expr:
     """The first `channels` entries of axis 1 of `expr`, read as such where that is possible."""
     match expr:
-        case Leaf(source, info) if info.strides is None:
+        case Leaf(source, info) if info.strides is None and not info.parts:
             strides = tuple(math.prod(info.shape[i + 1 :]) for i in range(len(info.shape)))
             shape = (info.shape[0], channels, *info.shape[2:])
             return Leaf(source, replace(info, shape=shape, strides=strides))

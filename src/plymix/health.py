@@ -27,7 +27,8 @@ from plymix.engine import Progress, ProgressCallback
 from plymix.errors import Cancelled, FormatError, listed, unknown
 from plymix.formats import open_model
 from plymix.formats.base import BITS, Source, TensorInfo
-from plymix.inspection import has_places, placed
+from plymix.inspection import has_places, paired_or_not, placed
+from plymix.pairing import Paired
 from plymix.plan import available_cpus
 from plymix.recipe import DTYPES
 
@@ -99,15 +100,16 @@ def check(
 
 
 def _health(source: Source, dtype: str, progress: ProgressCallback | None) -> Health:
-    detection = archs.detect({key: info.shape for key, info in source.tensors.items()})
+    paired = paired_or_not(source)
+    detection = paired.detection
     scans = _scanned(source, dtype or "F16", progress)
-    buffers = _buffers(source, detection)
+    buffers = _buffers(source, paired)
     found = [
         *_not_finite(scans, buffers),
         *_too_large(scans, buffers, dtype),
         *_all_zero(scans, buffers, detection),
         *_position_ids(source),
-        *_missing(source, detection),
+        *_missing(source, paired),
         *_unchecked(source),
     ]
     found.sort(key=lambda f: ("error", "warning", "note").index(f.severity))
@@ -284,12 +286,12 @@ _MAY_BE_ZERO = re.compile(r"bias$|pos_emb|position_emb|positional_emb|pad_token"
 """Names of tensors that training often leaves at the zeros they began with."""
 
 
-def _buffers(source: Source, detection: Detection) -> frozenset[str]:
+def _buffers(source: Source, paired: Paired) -> frozenset[str]:
     """Keys of what is no weight: schedules, masks, markers."""
     known = Names(shared_facts().buffers)
     return frozenset(
         info.name
-        for info, place in placed(source, detection)
+        for info, place in placed(source, paired)
         if (place and place.buffer) or info.name in known
     )
 
@@ -390,13 +392,14 @@ def _numbers(data: bytearray, dtype: str) -> list[float]:
     return list(kernels.float32(data, dtype).tolist())
 
 
-def _missing(source: Source, detection: Detection) -> Iterator[Finding]:
+def _missing(source: Source, paired: Paired) -> Iterator[Finding]:
     """Blocks and components that a model of this architecture has and this file has not."""
+    detection = paired.detection
     if not has_places(detection):
         return
     arch = detection.arch
     assert arch is not None
-    places = [place for _, place in placed(source, detection) if place]
+    places = [place for _, place in placed(source, paired) if place]
     there = {place.block for place in places}
     gone = [block for block in arch.blocks if block not in there and _expected(arch, block, there)]
     if gone:

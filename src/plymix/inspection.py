@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from plymix import archs
+from plymix import archs, pairing
 from plymix.archs import Detection, Place, Prediction
 from plymix.errors import Refusal
 from plymix.formats import open_model
 from plymix.formats.base import Source, TensorInfo
+from plymix.pairing import Paired
 
 if TYPE_CHECKING:
     from plymix.recipe import Recipe
@@ -127,8 +128,9 @@ def inspect(path: str | os.PathLike[str], *, hashes: bool = False) -> Report:
 
 
 def _report(source: Source, hashed: bool) -> Report:
-    detection = archs.detect({key: info.shape for key, info in source.tensors.items()})
-    rows = list(placed(source, detection))
+    paired = paired_or_not(source)
+    detection = paired.detection
+    rows = list(placed(source, paired))
     total = _amount(rows)
     formulas, notes = _own_recipe(source.metadata)
     arch = detection.arch
@@ -142,7 +144,7 @@ def _report(source: Source, hashed: bool) -> Report:
         architecture=arch.name if arch else "",
         variant=detection.variant,
         kind=detection.kind,
-        dialect=detection.dialect,
+        dialect=paired.dialect or detection.dialect,
         total=total,
         components=tuple(_components(rows, detection)),
         blocks=tuple(_blocks(rows, detection)) if has_places(detection) else (),
@@ -156,7 +158,7 @@ def _report(source: Source, hashed: bool) -> Report:
         metadata=dict(source.metadata),
         recipe=formulas,
         webui_recipe=_webui_recipe(source.metadata),
-        hashes=_hashes(source, detection) if hashed else None,
+        hashes=_hashes(source, paired) if hashed else None,
         notes=(*source.notes, *notes),
     )
 
@@ -166,8 +168,16 @@ def _report(source: Source, hashed: bool) -> Report:
 Row = tuple[TensorInfo, "Place | None"]
 
 
+def paired_or_not(source: Source) -> Paired:
+    """The file's tensors paired with its architecture's; by their own names where that fails."""
+    try:
+        return pairing.pair(source)
+    except Refusal:
+        return pairing.unpaired(source)
+
+
 def has_places(detection: Detection) -> bool:
-    """Whether the file's architecture says where each of its keys belongs: a model, own names."""
+    """Whether the file's architecture says where each of its keys belongs: it is a model."""
     return (
         detection.arch is not None
         and detection.kind in ("checkpoint", "denoiser")
@@ -175,11 +185,11 @@ def has_places(detection: Detection) -> bool:
     )
 
 
-def placed(source: Source, detection: Detection) -> Iterator[Row]:
+def placed(source: Source, paired: Paired) -> Iterator[Row]:
     """Every tensor with its place; None for unknown keys and for files that are no model."""
-    arch = detection.arch if has_places(detection) else None
+    known = has_places(paired.detection)
     for key, info in source.tensors.items():
-        yield info, arch.place(key) if arch else None
+        yield info, paired.place(key) if known else None
 
 
 def _amount(rows: Iterable[Row]) -> Amount:
@@ -316,7 +326,7 @@ def _json_object(text: str | None) -> dict[str, Any]:
 # --- hashes -------------------------------------------------------------------------------------
 
 
-def _hashes(source: Source, detection: Detection) -> Hashes:
+def _hashes(source: Source, paired: Paired) -> Hashes:
     from concurrent.futures import ThreadPoolExecutor
 
     from plymix import hashes
@@ -331,7 +341,7 @@ def _hashes(source: Source, detection: Detection) -> Hashes:
             source.read_at(0, 0, length)
             start = 8 + int.from_bytes(length, "little")
             data = pool.submit(hashes.data_sha256, path, start)
-        tensors = tensors_hash(source, detection)
+        tensors = tensors_hash(source, paired)
         model_hash = data.result() if data else None
         return Hashes(
             sha256=whole.result(),
@@ -343,7 +353,7 @@ def _hashes(source: Source, detection: Detection) -> Hashes:
         )
 
 
-def tensors_hash(source: Source, detection: Detection) -> str:
+def tensors_hash(source: Source, paired: Paired) -> str:
     """A hash of the tensors that does not depend on format, layout, order, spelling or metadata.
 
     SHA-256 over one line per tensor, lines sorted by their bytes. A line is a compact ASCII JSON
@@ -351,10 +361,11 @@ def tensors_hash(source: Source, detection: Detection) -> str:
     spelling (as it stands, where there is none), the safetensors name of the dtype, the shape as a
     list, and the SHA-256 of the elements as row-major little-endian bytes, lower-case hex.
     """
-    arch = detection.arch if has_places(detection) else None
+    arch = paired.detection.arch if has_places(paired.detection) else None
     buffer = memoryview(bytearray(1 << 20))
     lines = []
-    for key, info in source.tensors.items():
+    alone = (*paired.unpaired, *(key for keys in paired.left_out.values() for key in keys))
+    for key, info in (*paired.tensors.items(), *((key, source.tensors[key]) for key in alone)):
         place = arch.place(key) if arch else None
         row = [place.key if place else key, info.dtype, info.shape, _digest(source, info, buffer)]
         lines.append(json.dumps(row, separators=(",", ":")).encode("ascii") + b"\n")
@@ -362,7 +373,7 @@ def tensors_hash(source: Source, detection: Detection) -> str:
 
 
 def _digest(source: Source, info: TensorInfo, buffer: memoryview) -> str:
-    if info.strides is not None:
+    if info.strides is not None or info.parts:
         return hashlib.sha256(source.read(info)).hexdigest()
     digest = hashlib.sha256()
     for at in range(0, info.nbytes, len(buffer)):

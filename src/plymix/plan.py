@@ -16,8 +16,9 @@ from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Any
 
-from plymix import archs, weights
+from plymix import archs, pairing, weights
 from plymix.archs import Architecture, Detection, Place
+from plymix.archs.dialects import shape_of
 from plymix.errors import Refusal, listed, unknown
 from plymix.expr import (
     Call,
@@ -30,6 +31,7 @@ from plymix.expr import (
     Tensor,
     apply,
     chunkable,
+    leaf_terms,
     leaves,
     narrow,
     plain_terms,
@@ -37,6 +39,8 @@ from plymix.expr import (
 )
 from plymix.formats import open_model, writer_for
 from plymix.formats.base import Entry, Layout, Source, TensorInfo
+from plymix.formats.diffusers import MODEL_INDEX
+from plymix.pairing import Paired
 from plymix.recipe import BLEND, DTYPES, Recipe, Step
 from plymix.registry import Method, Param, get_method
 
@@ -55,15 +59,21 @@ class Input:
     name: str
     file: str
     source: Source
-    detection: Detection
+    paired: Paired
     tensors: Mapping[str, TensorInfo]
     places: Mapping[str, Place]
     strangers: tuple[str, ...] = ()  # keys its architecture does not know
 
     @property
+    def detection(self) -> Detection:
+        return self.paired.detection
+
+    @property
     def label(self) -> str:
         """The file's name as the recipe has it, without folders; what is not text becomes '?'."""
-        return PurePath(self.file).name.encode("utf-8", "replace").decode()
+        path = PurePath(self.file)
+        path = path.parent if path.name == MODEL_INDEX and path.parent.name else path
+        return path.name.encode("utf-8", "replace").decode()
 
     @cached_property
     def components(self) -> frozenset[str]:
@@ -125,11 +135,12 @@ class Plan:
 
     def memory(self, threads: int) -> int:
         """An upper bound of the memory the merge needs with so many threads, in bytes."""
-        whole = [
-            t.numel * 4 * (2 + len(set(leaves(t.expr))))
-            for t in self.tensors
-            if not plain_terms(t.expr) and not chunkable(t.expr)
-        ]
+        whole = []
+        for t in self.tensors:
+            if not plain_terms(t.expr) and not chunkable(t.expr):
+                found = set(leaves(t.expr))
+                largest = max((leaf.info.numel for leaf in found), default=t.numel)
+                whole.append(largest * 4 * (2 + len(found)))
         return (64 << 20) + threads * max(whole, default=0)
 
     def tensors_of(self, block: str) -> tuple[Tensor, ...]:
@@ -255,9 +266,11 @@ class _Planner:
         ):
             self.notes.append(f"ema = {recipe.output.ema}: no model has EMA weights")
         self.swaps = self._component_swaps()
+        self._dialects()
         self.followed = {archs.ema_key(key): key for key in self.base.tensors}
         self.adjusted = _Adjustment(recipe.output.adjust, self.arch)
         tensors, places, fates = self._tensors()
+        tensors, places, fates = self._respelt(tensors, places, fates)
         self._idle_rules()
         dropped, unmatched = self._account(tensors)
         self._nothing_matched(tensors)
@@ -290,14 +303,13 @@ class _Planner:
         return list(dict.fromkeys(used))
 
     def _open(self, name: str) -> Input:
-        file = self.recipe.models[name].file
         source = self.open_file(name)
-        detection = archs.detect({k: t.shape for k, t in source.tensors.items()})
-        arch = detection.arch
+        paired = pairing.unpaired(source) if self.any else pairing.pair(source)
+        arch = paired.detection.arch
         tensors: dict[str, TensorInfo] = {}
         places: dict[str, Place] = {}
         strangers: list[str] = []
-        for key, info in source.tensors.items():
+        for key, info in paired.tensors.items():
             place = _any_place(key) if self.any else arch.place(key) if arch else None
             if place is None:
                 place = Place(key, "extra", "BUFFER", "BUFFER", True)
@@ -311,12 +323,22 @@ class _Planner:
                 place = replace(place, buffer=True)
             tensors[place.key] = info
             places[place.key] = place
-        opened = Input(
-            len(self.inputs), name, file, source, detection, tensors, places, tuple(strangers)
-        )
+        return self._opened(name, source, paired, tensors, places, strangers)
+
+    def _opened(
+        self,
+        name: str,
+        source: Source,
+        paired: Paired,
+        tensors: Mapping[str, TensorInfo],
+        places: Mapping[str, Place],
+        strangers: Sequence[str],
+    ) -> Input:
+        file = self.recipe.models[name].file
+        at = len(self.inputs)
+        opened = Input(at, name, file, source, paired, tensors, places, tuple(strangers))
         self.inputs.append(opened)
-        for note in source.notes:
-            self.notes.append(f"{opened.label}: {note}")
+        self.notes += (f"{opened.label}: {note}" for note in source.notes)
         return opened
 
     def _same_architecture(self) -> None:
@@ -334,15 +356,17 @@ class _Planner:
                     f"{self.base.label} is {base.title} and {i.label} is {i.detection.title}:"
                     " they cannot be merged; choose two models of one architecture"
                 )
-            if i.strangers:
-                what = f"unknown to {base.arch.short if base.arch else ''}"
-                added = self.recipe.output.union
-                fate = "copied" if i is self.base else "added" if added else "left out"
-                self.notes.append(
-                    f"{i.label}: {len(i.strangers)} tensors {what}, {fate}: {listed(i.strangers)}"
-                )
         assert base.arch is not None
         self.arch, self.blocks, self.short = base.arch, base.arch.blocks, base.arch.short
+        for i in self.by_name.values():
+            if i.strangers:
+                added = "added" if self.recipe.output.union else "left out"
+                self._strange(i, i.strangers, "copied" if i is self.base else added)
+
+    def _strange(self, i: Input, keys: Sequence[str], fate: str) -> None:
+        self.notes.append(
+            f"{i.label}: {len(keys)} tensors unknown to {self.short}, {fate}: {listed(keys)}"
+        )
 
     def _not_quantised(self) -> None:
         for i in self.by_name.values():
@@ -418,24 +442,19 @@ class _Planner:
     def _open_part(self, name: str) -> Input:
         """A component file: its keys are read as the base architecture spells them."""
         assert self.arch is not None
-        file = self.recipe.models[name].file
         source = self.open_file(name)
-        detection = archs.detect({k: t.shape for k, t in source.tensors.items()})
+        paired = pairing.pair(source, self.arch)
         places: dict[str, Place] = {}
         tensors: dict[str, TensorInfo] = {}
         strangers: list[str] = []
-        for key, info in source.tensors.items():
+        for key, info in paired.tensors.items():
             place = self.arch.place(key)
             if place is None or place.key in tensors:
                 strangers.append(key)
                 continue
             tensors[place.key] = info
             places[place.key] = place
-        part = Input(
-            len(self.inputs), name, file, source, detection, tensors, places, tuple(strangers)
-        )
-        self.inputs.append(part)
-        return part
+        return self._opened(name, source, paired, tensors, places, strangers)
 
     def _complete(self, component: str, part: Input) -> None:
         wanted = {
@@ -443,7 +462,7 @@ class _Planner:
             for k, p in self.base.places.items()
             if p.component == component and not p.buffer
         }
-        missing = [k for k in wanted if k not in part.tensors]
+        missing = [k for k in wanted if k not in part.tensors and not part.paired.lacks(k)]
         if missing and component in part.components:
             raise Refusal(
                 f"{part.label} lacks {len(missing)} of the {len(wanted)} {component} tensors:"
@@ -457,6 +476,23 @@ class _Planner:
                     f" {list(info.shape)} in {self.base.label}; use a {component} made for"
                     f" {self.short}"
                 )
+
+    def _dialects(self) -> None:
+        """Note what the inputs with another tool's names lack, and what they have too much."""
+        for i in self.inputs:
+            paired = i.paired
+            if not paired.dialect:
+                continue
+            for why, keys in paired.left_out.items():
+                self.notes.append(f"{i.label}: {len(keys)} tensors left out: {why}")
+            if paired.unpaired and i is not self.base:
+                self._strange(i, paired.unpaired, "left out")
+            for name, why in paired.absent.items():
+                if i is self.base or any(
+                    key.startswith(name) and not self.base.places[key].buffer
+                    for key in self.base.tensors
+                ):
+                    self.notes.append(f"{i.label} has no {name.rstrip('.')}: {why}")
 
     # --- tensors --------------------------------------------------------------------------------
 
@@ -485,6 +521,37 @@ class _Planner:
         if key in self.base.tensors:
             return self.base.tensors[key].name
         return next(i.tensors[key].name for i in self.inputs if key in i.tensors)
+
+    def _respelt(
+        self, tensors: tuple[Tensor, ...], places: dict[str, Place], fates: dict[str, Fate]
+    ) -> tuple[tuple[Tensor, ...], dict[str, Place], dict[str, Fate]]:
+        """The tensors as the base's own dialect has them, if its file is one component of it."""
+        base, paired = self.base, self.base.paired
+        made = {tensor.name: tensor for tensor in tensors}
+        own = bool(paired.spelling) and made.keys() <= set(paired.names.values())
+        if paired.unpaired:
+            self._strange(base, paired.unpaired, "copied" if own else "left out")
+        if not own:
+            if paired.dialect:
+                self.notes.append(
+                    f"{base.label} has {paired.dialect}' names; the result has the names of"
+                    f" {self.short} checkpoints, in one file"
+                )
+            return tensors, places, fates
+        out: list[Tensor] = []
+        homes = {key: home for key, home in paired.names.items() if home in made}
+        for key, home in homes.items():
+            whole, views = made[home], paired.spelling[key]
+            shape, expr = shape_of(views, {home: whole.shape}), pairing.spelt(whole.expr, views)
+            out.append(replace(whole, name=key, shape=shape, expr=expr))
+        places = {key: places[home] for key, home in homes.items()}
+        fates = {key: fates[home] for key, home in homes.items()}
+        for key in paired.unpaired:
+            info = base.source.tensors[key]
+            out.append(Tensor(key, info.dtype, info.shape, Leaf(base.index, info)))
+            places[key] = Place(key, "extra", "BUFFER", "BUFFER", True)
+            fates[key] = Fate("copied", base.label)
+        return tuple(out), places, fates
 
     def _keys(self) -> Iterator[tuple[str, Place]]:
         """Canonical keys of the output, in the base model's order, then those added by rule."""
@@ -521,6 +588,8 @@ class _Planner:
             return self._buffer(key, owner.tensors[key], owner.index)
         if swap is not None and place.component in swap.components:
             leaf = self._leaf(swap, key)
+            if leaf is None and swap.paired.lacks(key):
+                leaf, swap = self._leaf(self.base, key), self.base
             if leaf is None:
                 return None
             known = self.base.tensors.get(key, leaf.info)
@@ -681,7 +750,7 @@ class _Planner:
         for tensor in tensors:
             if self.adjusted.scale(tensor.name) != 1.0:
                 continue
-            terms = plain_terms(tensor.expr)
+            terms = leaf_terms(tensor.expr)
             total = math.fsum(c for c, _ in terms)
             if terms and fates[tensor.name].how == "merged" and abs(total - 1) > 1e-6:
                 totals[tensor.name] = total
@@ -738,6 +807,8 @@ class _Planner:
                     rules.setdefault(rule, []).append(info.name)
                 else:
                     alone.append(info.name)
+            alone += (key for key in i.paired.unpaired if (i.index, key) not in used)
+            rules.update((why, list(keys)) for why, keys in i.paired.left_out.items())
             if i.name not in self.by_name:
                 rules.setdefault("not part of the component", []).extend((*alone, *i.strangers))
                 alone = []

@@ -757,7 +757,8 @@ class Rule(msgspec.Struct, frozen=True):
         """Whether the rule is for `key`, which lies in `block` (one of `blocks`, BASE or VAE).
 
         Element words without a dot are looked for behind the denoiser's prefix: every key of a
-        U-Net has "model.diffusion_model." in it, and so "ff", "model" and "fusion". Raises Refusal where the rule names a block that the model does not have.
+        U-Net has "model.diffusion_model." in it, and so "ff", "model" and "fusion". Raises Refusal
+        where the rule names a block that the model does not have.
         """
         if self.blocks and (block in _reach(self.blocks, blocks)) == self.not_blocks:
             return False

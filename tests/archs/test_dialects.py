@@ -1,59 +1,26 @@
 """Dialects against maps that were made by running other tools on tagged tensors.
 
-tests/golden/maps/*.json.gz hold {canonical key: [component, diffusers key(s) or null, transform]}:
-ldm, sgm, and other original names against those of diffusers and transformers, as diffusers 0.42's
-own converters give them. The transforms are applied here with numpy alone, on tensors in which
-every element has its own number.
+The maps (see `maps`) are applied with numpy alone, on tensors in which every element has its own
+number.
 """
 
-import gzip
-import json
 import math
 import time
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from maps import ARCH, converted, golden_map, theirs_of
 from plymix import archs
 from plymix.archs import dialects
 from plymix.archs.dialects import View, canonical, inverse, recognise, shape_of, written
 from plymix.errors import Refusal
 from tiny import UNET, header
 
-MAPS = Path(__file__).parents[1] / "golden" / "maps"
-ARCH = {  # golden map and header -> architecture
-    "sd1": "sd1",
-    "sd2": "sd2",
-    "sdxl": "sdxl",
-    "flux-dev": "flux1",
-    "sd3.5-medium": "sd3",
-    "chroma": "chroma",
-    "flux2-klein-4b": "flux2",
-    "auraflow": "auraflow",
-    "lumina2": "lumina2",
-    "z-image": "z-image",
-    "wan2.1-i2v-14b": "wan",
-    "cosmos-predict2-2b": "cosmos2",
-    "krea2": "krea2",
-}
 TEXT = "cond_stage_model.transformer.text_model."
-
-
-@cache
-def golden_map(model):
-    """{component: {canonical key: ([diffusers keys], transform)}}."""
-    raw = json.loads(gzip.decompress((MAPS / f"{model}.json.gz").read_bytes()))
-    out = {}
-    for key, (component, theirs, transform) in raw.items():
-        names = [theirs] if isinstance(theirs, str) else theirs or []
-        out.setdefault(component, {})[key] = (names, transform)
-    if model == "sd2":  # its U-Net and VAE have the names of SD1's
-        out |= {c: rows for c, rows in golden_map("sd1").items() if c != "text_encoder"}
-    return out
 
 
 MAP_OF_VAE = golden_map("sd1")["vae"]
@@ -80,38 +47,6 @@ def numbered(shapes):
         n = math.prod(shape)
         out[key] = np.arange(at, at + n, dtype=np.int64).reshape(shape)
         at += n
-    return out
-
-
-def converted(tensor, names, transform):
-    """What a transform of the maps makes of one canonical tensor: {diffusers key: tensor}."""
-    kind, _, sizes = transform.partition(":")
-    match kind:
-        case "none":
-            parts = [tensor]
-        case "conv1x1_to_linear":
-            parts = [tensor[:, :, 0, 0]]
-        case "transpose":
-            parts = [tensor.T]
-        case "swap_scale_shift":
-            shift, scale = np.split(tensor, 2)
-            parts = [np.concatenate([scale, shift])]
-        case "split_qkv":
-            parts = np.split(tensor, 3)
-        case "split":  # true widths; ours may be smaller ones in the same ratio
-            ends = np.cumsum([int(size) for size in sizes.split(",")])
-            parts = np.split(tensor, ends[:-1] * len(tensor) // ends[-1])
-        case "fold":
-            parts = [tensor.reshape(int(sizes), -1)]
-        case "drop":
-            parts = []
-    return dict(zip(names, parts, strict=True))
-
-
-def theirs_of(model, component, tensors):
-    out = {}
-    for key, (names, transform) in golden_map(model)[component].items():
-        out |= converted(tensors[key], names, transform)
     return out
 
 

@@ -144,14 +144,14 @@ def _resolved(
     model: str, text: str, base: float | None, own: Mapping[str, Sequence[float]]
 ) -> Resolved | None:
     """The weights for the blocks of `model`; None if it is no model (the plan says so better)."""
-    from plymix import api, archs
+    from plymix import api, pairing
     from plymix import weights as settings
 
     setting = settings.parse(text, field="--weights", blocks=settings.SD1_BLOCKS, own=own)
     if isinstance(setting, float):
         setting = (setting,)  # a list of one: refused with the number that is expected
     with api.open(model) as source:
-        arch = archs.detect({key: info.shape for key, info in source.tensors.items()}).arch
+        arch = pairing.pair(source).detection.arch
     if arch is None:
         return None
     return settings.resolve(
@@ -299,7 +299,8 @@ def remarks(plan: Plan) -> Iterator[str]:
             if rule.startswith("ema") and i.name in plan.recipe.models:
                 done = "left out" if rule == "ema = drop" else "replaced by their EMA copies"
                 yield f"{i.label}: {len(keys)} tensors {done} ({rule})"
-        alone = [k for k in plan.unmatched.get(i.name, ()) if k not in i.strangers]
+        told = {*i.strangers, *i.paired.unpaired}
+        alone = [k for k in plan.unmatched.get(i.name, ()) if k not in told]
         if alone and i is not plan.base:
             yield f"{i.label}: {len(alone)} tensors without a partner, left out: {listed(alone)}"
 

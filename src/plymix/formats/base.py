@@ -14,6 +14,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -39,6 +40,9 @@ class TensorInfo:
     `offset` is the absolute byte offset of its first element in `files[file]`. `strides` is in
     elements and None for a row-major contiguous tensor (the usual case). `encoding` names how a
     tensor is packed on disk ("Q8_0") when its `dtype` is only what reading it gives.
+
+    A tensor may lie in several `parts`, one after the other along axis 0, all of its dtype; `file`
+    and `offset` are the first one's then.
     """
 
     name: str
@@ -48,10 +52,31 @@ class TensorInfo:
     file: int = 0
     strides: tuple[int, ...] | None = None
     encoding: str = ""
+    parts: tuple[TensorInfo, ...] = ()
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def scattered(self) -> bool:
+        """Whether its elements do not lie in row-major order, in one piece or several."""
+        return self.strides is not None or any(part.scattered for part in self.parts)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The number of elements up to the end of each piece."""
+        return tuple(accumulate(part.numel for part in self.parts)) or (self.numel,)
+
+    def cut(self, start: int, stop: int) -> TensorInfo:
+        """Elements [start, stop) in a line. They must lie in order and in one piece."""
+        piece, first = self, 0
+        for part, end in zip(self.parts, self.ends, strict=False):
+            if end > start:
+                piece, first = part, end - part.numel
+                break
+        offset = piece.offset + (start - first) * BITS[self.dtype] // 8
+        return replace(self, shape=(stop - start,), file=piece.file, offset=offset, parts=())
 
     @property
     def nbytes(self) -> int:
@@ -96,7 +121,9 @@ class Source:
         self.handles[file].read_at(offset, out)
 
     def read(self, info: TensorInfo) -> bytearray:
-        """The whole tensor as contiguous row-major bytes (strided tensors are gathered)."""
+        """The whole tensor as contiguous row-major bytes (scattered tensors are gathered)."""
+        if info.parts:
+            return bytearray().join(map(self.read, info.parts))
         if info.strides is None:
             out = bytearray(info.nbytes)
             self.read_at(info.file, info.offset, out)
