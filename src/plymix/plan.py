@@ -141,7 +141,8 @@ class Plan:
                 found = set(leaves(t.expr))
                 largest = max((leaf.info.numel for leaf in found), default=t.numel)
                 whole.append(largest * 4 * (2 + len(found)))
-        return (64 << 20) + threads * max(whole, default=0)
+        least = 64 << 20 if all(plain_terms(t.expr) for t in self.tensors) else 96 << 20
+        return least + threads * max(whole, default=0)
 
     def tensors_of(self, block: str) -> tuple[Tensor, ...]:
         return tuple(t for t in self.tensors if self.places[t.name].block == block)
