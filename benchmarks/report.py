@@ -87,8 +87,8 @@ def section(rows: Sequence[Row], about: str) -> str:
         lines = [row.case.command]
         if row.case.yardstick:
             lines.append(f"# yardstick: {row.case.yardstick}")
-        parts += [f"{row.case.title} (`{again(row.case.name)}`)", block("\n".join(lines), "sh")]
-        parts += [f"{name}:\n\n{block(text, 'toml')}" for name, text in row.case.files.items()]
+        parts += [f"{row.case.title} (`{again(row.case.name)}`)", block("\n".join(lines))]
+        parts += [f"{name}:\n\n{block(text)}" for name, text in row.case.files.items()]
     return "\n\n".join([*parts, "</details>"])
 
 
@@ -97,8 +97,9 @@ def again(name: str) -> str:
     return f"python benchmarks/run.py --only {name}"
 
 
-def block(text: str, language: str) -> str:
-    return f"```{language}\n{text.strip()}\n```"
+def block(text: str) -> str:
+    """Not marked as any language: blocks of a language are run by the tests of the pages."""
+    return f"```text\n{text.strip()}\n```"
 
 
 def peer_cells(shared: Shared, runs: Mapping[str, Sequence[Usage]]) -> list[str]:
@@ -125,9 +126,9 @@ def peer_section(rows: Mapping[Shared, Mapping[str, Sequence[Usage]]], about: st
     parts += ["<details><summary>Commands</summary>"]
     for shared in rows:
         lines = [line for tool in ("plymix", *PEERS) if (line := shared.line(tool))]
-        parts += [f"{shared.name}", block("\n".join(lines), "sh")]
+        parts += [f"{shared.name}", block("\n".join(lines))]
         for name, text in shared.files.items():
-            parts.append(f"{name}:\n\n{block(text, name.rpartition('.')[2])}")
+            parts.append(f"{name}:\n\n{block(text)}")
     return "\n\n".join([*parts, "</details>"])
 
 

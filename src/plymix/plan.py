@@ -141,7 +141,8 @@ class Plan:
                 found = set(leaves(t.expr))
                 largest = max((leaf.info.numel for leaf in found), default=t.numel)
                 whole.append(largest * 4 * (2 + len(found)))
-        least = 64 << 20 if all(plain_terms(t.expr) for t in self.tensors) else 96 << 20
+        chunks = any(chunkable(t.expr) and not plain_terms(t.expr) for t in self.tensors)
+        least = (96 if chunks else 64) << 20
         return least + threads * max(whole, default=0)
 
     def tensors_of(self, block: str) -> tuple[Tensor, ...]:
