@@ -86,21 +86,13 @@ class Session:
             raise Refusal(f"{path} is an input of this session; choose another name")
         last = self._written
         if last is not None and path.is_file() and last[:2] == (path.resolve(), _stamp(path)):
-            with open_model(path) as made:
-                result = self._run(path, (made, last[2]), threads, progress)
+            with open_model(path) as source:
+                made = (source, last[2])
+                result = api.run(self.plan, path, threads=threads, progress=progress, made=made)
         else:
-            result = self._run(path, None, threads, progress)
+            result = api.run(self.plan, path, threads=threads, progress=progress)
         self._written = (path.resolve(), _stamp(path), self.plan)
         return result
-
-    def _run(
-        self,
-        path: Path,
-        made: tuple[Source, Plan] | None,
-        threads: int,
-        progress: ProgressCallback | None,
-    ) -> api.Result:
-        return api.run(self.plan, path, threads=threads, progress=progress, made=made)
 
     def _build(self, recipe: Recipe) -> Plan:
         def kept(path: Path) -> Source:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from plymix.cli import screen
 from plymix.cli.options import (
     Device,
+    DryRun,
     Folders,
     Force,
     Json,
@@ -205,9 +206,7 @@ def merge(
     force: Force = False,
     threads: Threads = 0,
     device: OnDevice = "cpu",
-    dry_run: Annotated[
-        bool, option("Show what would be done, as plymix explain does.", default=False)
-    ] = False,
+    dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
     """Merge two models; alpha is the share of the second, B.

@@ -43,6 +43,7 @@ def weight(help: str, *names: str, metavar: str, default: bool = True) -> Parame
 
 
 Json = Annotated[bool, option("Print one JSON document instead.", default=False)]
+DryRun = Annotated[bool, option("Show what would be done, as plymix explain does.", default=False)]
 Force = Annotated[bool, option("Replace an existing output file.", default=False)]
 Strict = Annotated[
     bool, option("Refuse keys that some models have and others lack.", default=False)

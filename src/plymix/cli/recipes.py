@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from plymix.cli import screen
 from plymix.cli.options import (
+    DryRun,
     Folders,
     Force,
     Json,
@@ -77,9 +78,7 @@ def run(
     force: Force = False,
     threads: Threads = 0,
     device: OnDevice = "cpu",
-    dry_run: Annotated[
-        bool, option("Show what would be done, as plymix explain does.", default=False)
-    ] = False,
+    dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
     """Run a recipe (TOML) into one file.

@@ -241,6 +241,16 @@ class Handle:
         self._file.close()
 
 
+def opened(path: Path, read: Callable[[Handle], Source]) -> Source:
+    """What `read` makes of the file `path`, which stays open; it is closed again if that fails."""
+    handle = Handle(path)
+    try:
+        return read(handle)
+    except BaseException:
+        handle.close()
+        raise
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One tensor of a file to be written.

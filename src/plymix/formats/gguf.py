@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from plymix.errors import Failure, FormatError, Refusal
-from plymix.formats.base import FLOATS, Entry, Handle, Layout, Piece, Source, TensorInfo
+from plymix.formats.base import FLOATS, Entry, Handle, Layout, Piece, Source, TensorInfo, opened
 from plymix.formats.gguf_blocks import Q8_0, QUANTS, Quant, encode_q8_0
 
 name = "gguf"
@@ -166,12 +166,7 @@ def sniff(head: bytes) -> bool:
 def open_file(path: Path) -> Source:
     """Read the header of `path`. Raises FormatError when it is damaged, hostile or of a kind that
     is not read (version 1, big-endian, IQ types)."""
-    handle = Handle(path)
-    try:
-        return _Header(handle).source()
-    except BaseException:
-        handle.close()
-        raise
+    return opened(path, lambda handle: _Header(handle).source())
 
 
 _U32, _U64, _I32 = Struct("<I"), Struct("<Q"), Struct("<i")

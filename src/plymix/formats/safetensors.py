@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from plymix.errors import FormatError
-from plymix.formats.base import BITS, Entry, Handle, Layout, Source, TensorInfo
+from plymix.formats.base import BITS, Entry, Handle, Layout, Source, TensorInfo, opened
 
 name = "safetensors"
 suffixes = (".safetensors", ".sft")
@@ -29,13 +29,12 @@ def sniff(head: bytes) -> bool:
 
 def open_file(path: Path) -> Source:
     """Read the header of `path`. Raises FormatError when the file is not what the format allows."""
-    handle = Handle(path)
-    try:
-        metadata, tensors = _parse(handle)
-    except BaseException:
-        handle.close()
-        raise
-    return Source(path, name, tensors, metadata, handles=(handle,))
+    return opened(path, _open)
+
+
+def _open(handle: Handle) -> Source:
+    metadata, tensors = _parse(handle)
+    return Source(handle.path, name, tensors, metadata, handles=(handle,))
 
 
 def _parse(handle: Handle) -> tuple[dict[str, str], dict[str, TensorInfo]]:

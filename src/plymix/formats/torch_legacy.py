@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from plymix.errors import FormatError
-from plymix.formats.base import Handle, Source
+from plymix.formats.base import Handle, Source, opened
 from plymix.formats.unpickle import (
     Storage,
     Unpickled,
@@ -52,12 +52,7 @@ def open_file(path: Path) -> Source:
 
     Raises FormatError when the file is damaged, hostile, of another kind or not a state dict.
     """
-    handle = Handle(path)
-    try:
-        return _open(handle)
-    except BaseException:
-        handle.close()
-        raise
+    return opened(path, _open)
 
 
 def _open(handle: Handle) -> Source:

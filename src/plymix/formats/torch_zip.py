@@ -24,7 +24,7 @@ from struct import error as StructError
 from typing import Any, NamedTuple
 
 from plymix.errors import FormatError, Refusal, listed
-from plymix.formats.base import BITS, Entry, Handle, Layout, Piece, Source
+from plymix.formats.base import BITS, Entry, Handle, Layout, Piece, Source, opened
 from plymix.formats.unpickle import (
     DTYPES,
     MAX_BYTES,
@@ -92,12 +92,7 @@ def open_file(path: Path) -> Source:
 
     Raises FormatError when the archive is damaged, hostile, compressed or not a state dict.
     """
-    handle = Handle(path)
-    try:
-        return _open(handle)
-    except BaseException:
-        handle.close()
-        raise
+    return opened(path, _open)
 
 
 def _open(handle: Handle) -> Source:
