@@ -238,6 +238,11 @@ def main() -> None:
     parser.add_argument("--dtype", default="F16", choices=["F32", "F16", "BF16", "F8_E4M3"])
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    try:
+        header(args.arch)
+    except (FileNotFoundError, KeyError):
+        known = sorted(p.name.removesuffix(".json.gz") for p in GOLDEN.glob("*.json.gz"))
+        parser.exit(2, f"{parser.prog}: no --arch {args.arch}; there are {', '.join(known)}\n")
     args.folder.mkdir(parents=True, exist_ok=True)
     for i, suffix in enumerate(("-a", "-b") if args.pair else ("",)):
         path = args.folder / f"{args.arch}{suffix}.safetensors"

@@ -26,7 +26,7 @@ import tiny_checkpoints  # noqa: E402
 
 import plymix  # noqa: E402
 from plymix import api, archs, cli, recipe, registry, weights  # noqa: E402
-from plymix.cli import looking, merging  # noqa: E402
+from plymix.cli import looking, merging, screen, showing  # noqa: E402
 
 GENERATED = (
     "<!-- Written by scripts/write_docs.py from the program itself. To change this page, change"
@@ -539,7 +539,7 @@ def picture() -> Iterator[str]:
             str(tiny_checkpoints.write(Path(folder) / n, "sd1", i)) for i, n in enumerate(names)
         ]
         plan, _, _ = merging.classic(files[0], files[1], 1.0, "GRAD_V")
-        rows = merging.rows(api.explain(plan).blocks)
+        rows = showing.rows(api.explain(plan).blocks)
     height = TOP + ROW * len(rows) + 10
     yield (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}"'
@@ -558,9 +558,9 @@ def picture() -> Iterator[str]:
         first, second = (shares.get(name, 0.0) for name in names)
         y = TOP + ROW * i + 10
         yield label(block, BLOCK, y)
-        yield label(merging.screen.percent(first), SHARE_A, y, right=True)
+        yield label(screen.percent(first), SHARE_A, y, right=True)
         yield from bar(first, y - 9)
-        yield label(merging.screen.percent(second), SHARE_B, y)
+        yield label(screen.percent(second), SHARE_B, y)
         yield label(str(merged), MERGED, y, right=True)
         yield label(str(copied), COPIED, y, "dim", right=True)
     yield "</svg>"

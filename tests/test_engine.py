@@ -277,6 +277,22 @@ def test_stop_leaves_no_thread(tmp_path):
     assert threading.active_count() == before
 
 
+def test_a_callback_that_said_stop_is_not_asked_again(tmp_path):
+    files = {
+        n: save(tmp_path / f"{n}.safetensors", {f"{i}": draw("F16", (999, 999)) for i in range(9)})
+        for n in "ab"
+    }
+    seen = []
+
+    def stop(now):
+        seen.append(now)
+        return False
+
+    with pytest.raises(Cancelled):
+        plymix.merge(recipe(files, 0.3), out=tmp_path / "o.safetensors", progress=stop)
+    assert len(seen) == 1
+
+
 def test_the_input_is_not_changed(tmp_path):
     files = {
         n: save(tmp_path / f"{n}.safetensors", {"x": draw("F16", (100,), i)})

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from plymix import gpu, kernels
 from plymix.errors import Refusal
+from tiny import encode
 
 torch = pytest.importorskip("torch")
 
@@ -51,7 +52,12 @@ def on_device(terms, buffers, out):
 def ordinary(dtype, n, seed):
     rng = np.random.default_rng(seed)
     x = rng.standard_normal(n) * np.exp2(rng.integers(-12, 3, n))
-    return x.view(np.uint8) if dtype == "F64" else kernels.narrowed(x.astype(np.float32), dtype)
+    return stored(x, dtype)
+
+
+def stored(x, dtype):
+    """Values as bytes of `dtype`."""
+    return (x if dtype == "F64" else encode(x, dtype)).view(np.uint8)
 
 
 def any_bits(dtype, n, seed):
@@ -87,8 +93,8 @@ def test_more_than_one_block_and_nan_in_one():
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
 def test_terms_that_cancel(dtype):
     """0.7*a + 0.3*b with b next to -7/3*a: what is left is what float32 cannot hold."""
-    a = kernels.narrowed(np.arange(1, 20_001, dtype=np.float32) % 41 * 3, dtype)
-    b = kernels.narrowed(kernels.float32(a, dtype) * np.float32(-7 / 3), dtype)
+    a = stored(np.arange(1, 20_001, dtype=np.float32) % 41 * 3, dtype)
+    b = stored(kernels.float32(a, dtype) * np.float32(-7 / 3), dtype)
     terms = [(0.7, dtype), (0.3, dtype)]
     got = on_device(terms, [a, b], dtype)
     assert np.array_equal(on_cpu(terms, [a, b], dtype), got)

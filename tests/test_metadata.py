@@ -171,6 +171,19 @@ def test_formulas_name_the_files_and_no_folder(recipe, parts):
     assert "\n" not in text
 
 
+@pytest.mark.parametrize(
+    ("recipe", "text"),
+    [
+        (made("weighted_sum", -1), "2 × a.ckpt - b.ckpt"),
+        (made("weighted_sum", 2), "-a.ckpt + 2 × b.ckpt"),
+        (made("add_difference", -0.5), "a.ckpt - 0.5 × (b.ckpt - c.ckpt)"),
+        (made("add_difference", 1), "a.ckpt + (b.ckpt - c.ckpt)"),
+    ],
+)
+def test_a_negative_share_is_a_difference(recipe, text):
+    assert metadata.formula(recipe) == text
+
+
 def test_a_nested_formula():
     models = {n: f"{n}.ckpt" for n in "abc"}
     steps = {

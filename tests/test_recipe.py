@@ -223,6 +223,7 @@ def test_settings_from_the_command_line():
     got = recipe.with_setting(found, "steps.mix.alpha.base", "0.9")
     assert got.steps["mix"].params["alpha"]["base"] == 0.9
     assert recipe.with_setting(found, "output.dtype", "bf16").output.dtype == "bf16"
+    assert recipe.with_setting(found, "steps.more.alpha", ".5").steps["more"].params["alpha"] == 0.5
     for path, text in (("steps.mox.alpha", "1"), ("output.dtyp", "fp16"), ("steps.mix.alhpa", "1")):
         with pytest.raises(Refusal):
             recipe.with_setting(found, path, text)

@@ -31,6 +31,7 @@ from plymix.weights import (
     from_toml,
     idle_rules,
     load_preset_file,
+    overridden,
     parse,
     parse_rules,
     presets,
@@ -324,7 +325,7 @@ def test_wrong_lengths_are_always_refused(n, blocks):
     if n in (len(blocks), len(blocks) + 1):
         assert tuple(resolve(numbers, blocks).blocks) == blocks
     else:
-        with pytest.raises(Refusal, match=f"{n} numbers given"):
+        with pytest.raises(Refusal, match=f"{n} numbers? given"):
             resolve(numbers, blocks)
 
 
@@ -673,6 +674,12 @@ def test_own_presets_come_first():
     assert parse("grad_v", own={"GRAD_V": (0.5,) * 25}) == (0.5,) * 25
 
 
+def test_own_presets_that_differ_from_ours_of_that_name():
+    ours = presets()["GRAD_V"].values
+    own = {"grad_v": ours, "GRAD_A": (0.5,) * 25, "mine": (0.5,) * 25}
+    assert overridden(own) == ["GRAD_A"]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -680,7 +687,7 @@ def test_own_presets_come_first():
         ("\n\na\t" + ",".join("1" * 24) + ",x", "line 3 (a): value 25 (OUT11) is 'x'"),
         ("a\t" + ",".join("1" * 25) + ",nan", "line 1 (a): value 26 (OUT11) is nan"),
         ("no tab", "line 1: 'no tab' is not a name, a tab and numbers"),
-        ("heading\tvalues\nagain\tvalues", "line 2 (again): 1 numbers"),
+        ("heading\tvalues\nagain\tvalues", "line 2 (again): 1 number;"),
         (f"a\t{'1,' * 24}1\nA\t{'1,' * 24}1", "line 2: A stands already in line 1"),
     ],
 )
@@ -688,6 +695,7 @@ def test_a_bad_preset_file_names_the_line(tmp_path, text, said):
     with pytest.raises(FormatError) as e:
         load_preset_file(write(tmp_path, text))
     assert said in str(e.value)
+    assert str(e.value).endswith("; mend this line or delete it")
 
 
 def test_an_unreadable_preset_file(tmp_path):

@@ -262,7 +262,7 @@ def _speed(work: Callable[[], object], nbytes: int, seconds: float = 0.2) -> flo
 def _disk(folder: Path) -> Row:
     free = shutil.disk_usage(folder).free
     if free < FREE_AT_LEAST:
-        text = f"{folder} has {free / 1e9:.1f} GB free: not measured (it takes 1 GiB)"
+        text = f"{folder} has {free / 1e9:.1f} GB free: not measured (it wants 1 GiB)"
         return Row("disk", text, "note")
     try:
         write, read = disk_speed(folder)

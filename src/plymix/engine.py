@@ -647,7 +647,7 @@ def perform(
         while working:
             working = [thread for thread in pool if thread.is_alive()]
             now = Progress("merging", job.done, total, time.monotonic() - began)
-            if progress is not None and progress(now) is False:
+            if progress is not None and not job.stop and progress(now) is False:
                 job.stop = True
             for thread in working[:1]:
                 thread.join(0.1)

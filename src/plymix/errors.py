@@ -7,8 +7,9 @@ first tensor is read; `Failure` means "it was asked rightly and went wrong" (exi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
 
 
 class PlymixError(Exception):
@@ -40,8 +41,7 @@ class Cancelled(Failure):
 def unknown(what: str, name: str, known: Iterable[str], *, help: str = "") -> Refusal:
     """A `Refusal` for a name that does not exist, with the nearest known names."""
     names = sorted(known)
-    folded = {n.casefold(): n for n in names}
-    near = [folded[n] for n in get_close_matches(name.casefold(), folded, n=3, cutoff=0.5)]
+    near = nearest(name, names)
     if near:
         hint = "did you mean " + " or ".join(near) + "?"
     elif len(names) <= 12:
@@ -49,6 +49,24 @@ def unknown(what: str, name: str, known: Iterable[str], *, help: str = "") -> Re
     else:
         hint = f"{len(names)} are known"
     return Refusal(f"unknown {what} {name!r}: {hint}{'; ' + help if help else ''}")
+
+
+def nearest(name: str, known: Iterable[str]) -> list[str]:
+    """At most three of `known` that `name` may stand for, in any case, the likeliest first.
+
+    Names that begin with it, else that have it as a word, else that are spelt much alike: 'GRAD' is
+    GRAD_A or GRAD_V, 'dare' is ties_dare, 'IN9' is IN09. None rather than a far-fetched one.
+    """
+    asked = name.casefold()
+    folded = {n.casefold(): n for n in known}
+    begun = [n for n in folded if n.startswith(asked)]
+    words = [n for n in folded if asked in re.split(r"[\W_]+", n)]
+    found = sorted(begun or words, key=len) if len(asked) > 1 else []
+    if not found:
+        found = get_close_matches(asked, folded, n=3, cutoff=0.6)
+        ratio = {n: SequenceMatcher(None, n, asked).ratio() for n in found}
+        found = [n for n in found if ratio[n] > ratio[found[0]] - 0.1]
+    return [folded[n] for n in found[:3]]
 
 
 def listed(names: Iterable[str], limit: int = 10) -> str:

@@ -425,17 +425,6 @@ def float32(data: Any, dtype: str) -> Any:
     return out
 
 
-def narrowed(x: Any, dtype: str) -> Any:
-    """A float32 array as bytes of `dtype` (1-D uint8), rounded once."""
-    flat = np.ascontiguousarray(x, np.float32).reshape(-1)
-    out = np.empty(flat.size, NUMPY[dtype])
-    do = best_backend()
-    for at in range(0, flat.size, BLOCK):
-        part = slice(at, at + BLOCK)
-        do.narrow(flat[part], dtype, out[part])
-    return out.view(np.uint8)
-
-
 @lru_cache(maxsize=1)
 def best_backend() -> Backend:
     """NumKong when it is installed and agrees with numpy here, else numpy."""

@@ -10,7 +10,7 @@ import datetime
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -167,19 +167,19 @@ def _step_formula(recipe: Recipe, step: Step) -> str:
     rules = f", rules = {', '.join(step.rules)}" if step.rules else ""
     if step.method == "weighted_sum":
         if isinstance(alpha, (int, float)):
-            return f"{1 - alpha:.4g} × {names[0]} + {alpha:.4g} × {names[1]}{rules}"
+            return _signed([1 - alpha, alpha], names) + rules
         return f"(1 - α) × {names[0]} + α × {names[1]}, α = {_weight(alpha)}{rules}"
     if step.method == "add_difference" and len(names) == 3:
-        factor, rest = "α", f", α = {_weight(alpha)}"
+        difference = f"({names[1]} - {names[2]})"
         if isinstance(alpha, (int, float)):
-            factor, rest = f"{alpha:.4g}", ""
-        return f"{names[0]} + {factor} × ({names[1]} - {names[2]}){rest}{rules}"
+            return _signed([1, alpha], [names[0], difference]) + rules
+        return f"{names[0]} + α × {difference}, α = {_weight(alpha)}{rules}"
     coefficients = _coefficients(step)
     if coefficients and len(coefficients) == len(names):
         text = _signed(coefficients, names)
         if step.method != "subtract" or abs(coefficients[0]) == 1:
             return text
-        return f"{coefficients[0]:.4g} × ({_signed([1, -1], names)})"
+        return _signed(coefficients[:1], [f"({_signed([1, -1], names)})"])
     params = "".join(f", {k} = {_weight(v)}" for k, v in step.params.items())
     return f"{step.method}({', '.join(names)}{params}{rules})"
 
@@ -208,11 +208,14 @@ def _coefficients(step: Step) -> list[float]:
 
 def _signed(coefficients: Sequence[float], names: Sequence[str]) -> str:
     """'0.5 × a.ckpt - b.ckpt'"""
-    text = ""
-    for i, (c, name) in enumerate(zip(coefficients, names, strict=True)):
-        sign = ("-" if c < 0 else "") if i == 0 else (" - " if c < 0 else " + ")
-        text += sign + (name if abs(c) == 1 else f"{abs(c):.4g} × {name}")
-    return text
+    terms = zip(coefficients, names, strict=True)
+    return signed_sum((c, n if abs(c) == 1 else f"{abs(c):.4g} × {n}") for c, n in terms)
+
+
+def signed_sum(terms: Iterable[tuple[float, str]]) -> str:
+    """Texts of sizes joined by the signs of their numbers: (2, "2 a"), (-1, "b") -> '2 a - b'."""
+    text = "".join(f"{' - ' if number < 0 else ' + '}{size}" for number, size in terms)
+    return ("-" if text.startswith(" - ") else "") + text[3:]
 
 
 def _weight(value: Any) -> str:

@@ -145,9 +145,6 @@ class Plan:
         least = (96 if chunks else 64) << 20
         return least + threads * max(whole, default=0)
 
-    def tensors_of(self, block: str) -> tuple[Tensor, ...]:
-        return tuple(t for t in self.tensors if self.places[t.name].block == block)
-
     def layout(self, path: Path, metadata: Mapping[str, str]) -> tuple[tuple[Tensor, ...], Layout]:
         """The tensors with their offsets in a file named `path`, and that file's layout."""
         entries = [Entry(t.name, t.dtype, t.shape) for t in self.tensors]

@@ -23,6 +23,7 @@ from typing import Any
 
 import msgspec
 
+from plymix import weights
 from plymix.errors import Refusal, unknown
 from plymix.registry import Method, get_method
 
@@ -409,7 +410,7 @@ def with_setting(recipe: Recipe, path: str, text: str) -> Recipe:
     try:
         value = json.loads(text)
     except ValueError:
-        value = text
+        value = weights.literal(text)
     at: Any = found
     weight = keys[2] if keys[0] == "steps" and len(keys) > 3 else None
     for key in keys[:-1]:

@@ -143,12 +143,13 @@ def parse(
         return from_toml(_inline_table(text, field), field=field, blocks=blocks, own=own)
     if not text:
         raise Refusal(f"{field} is empty; give a number, a list of numbers or a preset name")
-    values = [_literal(word) for word in re.split(r"\s*,\s*|\s+", text)]
+    values = [literal(word) for word in re.split(r"\s*,\s*|\s+", text)]
     value = values[0] if len(values) == 1 else values
     return from_toml(value, field=field, blocks=blocks, own=own)
 
 
-def _literal(word: str) -> float | str:
+def literal(word: str) -> float | str:
+    """The number that `word` is (.5, 1e-3, nan), or `word` itself."""
     return float(word) if _NUMBER.fullmatch(word) else word
 
 
@@ -491,11 +492,11 @@ def load_preset_file(path: str | Path) -> dict[str, tuple[float, ...]]:
         where = f"{path.name}, line {number}"
         name, _, rest = (part.strip() for part in line.partition("\t"))
         if not name or not rest:
-            raise FormatError(f"{where}: {line!r} is not a name, a tab and numbers")
+            raise _bad_line(f"{where}: {line!r} is not a name, a tab and numbers")
         if number == 1 and not re.search(r"[\d,]", rest):
             continue  # a heading: preset_name <tab> preset_weights
         if name.upper() in first:
-            raise FormatError(f"{where}: {name} stands already in line {first[name.upper()]}")
+            raise _bad_line(f"{where}: {name} stands already in line {first[name.upper()]}")
         first[name.upper()] = number
         found[name] = _preset_line(rest, f"{where} ({name})")
     return found
@@ -505,16 +506,28 @@ def _preset_line(text: str, where: str) -> tuple[float, ...]:
     words = re.split(r"\s*,\s*", text)
     names = next((b for b in (SD1_BLOCKS, SDXL_BLOCKS) if len(words) - len(b) in (0, 1)), None)
     if names is None:
-        raise FormatError(
-            f"{where}: {len(words)} numbers; a preset has 25 (SD1) or 19 (SDXL),"
-            " and one more with BASE first"
+        count = f"{len(words)} number{'s' * (len(words) != 1)}"
+        raise _bad_line(
+            f"{where}: {count}; a preset has 25 (SD1) or 19 (SDXL), and one more with BASE first"
         )
     if any(_RANDOM.fullmatch(word) for word in words):
         return ()
     try:
-        return _numbers([_literal(word) for word in words], where, names)
+        return _numbers([literal(word) for word in words], where, names)
     except Refusal as e:
-        raise FormatError(str(e)) from None
+        raise _bad_line(str(e)) from None
+
+
+def _bad_line(what: str) -> FormatError:
+    """One line that cannot be read refuses the file: nobody merges with a preset half read."""
+    return FormatError(f"{what}; mend this line or delete it")
+
+
+def overridden(own: Own) -> list[str]:
+    """The names in `own` that plymix has for a preset with other numbers."""
+    names = _preset_names()
+    found = {n: presets()[names[n.upper()]].values for n in own if n.upper() in names}
+    return [name for name, values in found.items() if values != tuple(own[name])]
 
 
 # ------------------------------------------------------------------------------- setting -> blocks
@@ -642,8 +655,9 @@ def _split(
     if len(numbers) not in (n, n + 1):
         sd1 = len(numbers) in (25, 26) and set(blocks) < set(SD1_BLOCKS)
         hint = '; to use an SD1 list write {blocks = [...], convert = "sd1"}' if sd1 else ""
+        given = "1 number" if len(numbers) == 1 else f"{len(numbers)} numbers"
         raise Refusal(
-            f"{field}: {len(numbers)} numbers given; {title} wants {n}: {spans(expected)},"
+            f"{field}: {given} given; {title} wants {n}: {spans(expected)},"
             f" or {n + 1} with BASE first{hint}"
         )
     extra = len(numbers) - n
@@ -772,7 +786,7 @@ class Rule(msgspec.Struct, frozen=True):
 @lru_cache(maxsize=256)
 def _reach(words: tuple[str, ...], blocks: tuple[str, ...]) -> frozenset[str]:
     names = tuple(dict.fromkeys(("BASE", *blocks, "VAE")))
-    return frozenset(_select(words, names, f"block in rule {' '.join(words)!r}:"))
+    return frozenset(_select(words, names, "block in a rule"))
 
 
 def parse_rules(text: str | Iterable[str], *, field: str = "rules") -> tuple[Rule, ...]:
@@ -793,7 +807,7 @@ def _rule(text: str, where: str) -> Rule:
     if len(parts) != 3:
         raise Refusal(f"{where}: a rule is blocks:elements:ratio, like IN05-OUT03:attn2:0.3")
     (not_blocks, blocks), (not_elements, elements) = (_negated(p, where) for p in parts[:2])
-    ratio = _number(_literal(parts[2]), f"{where}: the ratio")
+    ratio = _number(literal(parts[2]), f"{where}: the ratio")
     return Rule(blocks, elements, ratio, not_blocks, not_elements)
 
 

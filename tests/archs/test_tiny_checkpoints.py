@@ -70,9 +70,22 @@ def test_encoding_rounds_as_ml_dtypes_does(dtype):
     np.testing.assert_array_equal(tiny.decode(codes, dtype)[finite], theirs.astype("f4")[finite])
 
 
+SCRIPT = tiny.GOLDEN.parents[2] / "scripts" / "tiny_checkpoints.py"
+
+
+def test_command_line_names_the_architectures(tmp_path):
+    out = tmp_path / "out"
+    ran = subprocess.run(
+        [sys.executable, SCRIPT, out, "--arch", "nope"], capture_output=True, text=True
+    )
+    assert ran.returncode == 2
+    assert ran.stderr.count("\n") == 1
+    assert "nope; there are anima, " in ran.stderr
+    assert not out.exists()
+
+
 def test_command_line_writes_a_pair(tmp_path):
-    script = tiny.GOLDEN.parents[2] / "scripts" / "tiny_checkpoints.py"
-    subprocess.run([sys.executable, script, tmp_path, "--arch", "sdxl", "--pair"], check=True)
+    subprocess.run([sys.executable, SCRIPT, tmp_path, "--arch", "sdxl", "--pair"], check=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "sdxl-a.safetensors",
         "sdxl-b.safetensors",

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -22,6 +22,8 @@ from plymix import errors
 from plymix import recipe as recipes
 from plymix.cli import COMMANDS, app, overview, run
 from plymix.cli.merging import default_name, rest
+from plymix.cli.recipes import Kind
+from plymix.importers import READERS
 
 GRAD_V = [abs(1 - 2 * i / 24) for i in range(25)]
 CLASSIC = (
@@ -499,6 +501,20 @@ def test_archs() -> None:
     assert plymix("archs", "sdx").code == 2
 
 
+def test_a_preset_of_your_own_that_hides_ours_is_named(here: Path) -> None:
+    Path("p.tsv").write_text(f"GRAD_V\t{','.join(['0.5'] * 25)}\nMINE\t{','.join(['1'] * 25)}\n")
+    ours = "note: p.tsv: its GRAD_V is used, not plymix's, which has other numbers"
+    for words in (MBW, MERGE[:3], ("explain", *MERGE[1:3])):
+        weights = "--weights" if words is MBW else "--alpha"
+        given = (*words, "-o", f"{words[0]}.ckpt", weights, "grad_v", "--presets", "p.tsv")
+        assert plymix(*given).notes[0] == ours
+        assert plymix(*given[:-2], "--force").notes == []
+
+
+def test_kinds_of_records_are_those_that_can_be_read() -> None:
+    assert get_args(Kind) == tuple(READERS)
+
+
 # --- errors -------------------------------------------------------------------------------------
 
 MBW = ("mbw", "a.safetensors", "b.safetensors")
@@ -509,12 +525,12 @@ REFUSED: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     ((*MBW, "--weights", "1" * 1 + ",inf" + ",1" * 23), ("value 2 (IN01)", "inf")),
     ((*MBW, "--weights", "x" + ",1" * 24), ("value 1 (IN00)", "'x'", "not a number")),
     ((*MBW, "--weights", "1,," + ",".join(["1"] * 23)), ("value 2", "not a number")),
-    ((*MBW, "--weights", "0.5"), ("1 number", "25")),
+    ((*MBW, "--weights", "0.5"), ("one number", "25", "--base_alpha 0.5")),
     ((*MBW, "--weights", ""), ("--weights is empty",)),
     ((*MBW, "--weights", "GRADV"), ("unknown preset", "GRAD_V")),
     ((*MBW, "--base_alpha", "nan"), ("--base_alpha is nan",)),
     ((*MBW, "--base_alpha", "x"), ("--base_alpha", '"x"')),
-    ((*MBW, "--base_alfa", "1"), ("--base_alfa", "Did you mean --base_alpha")),
+    ((*MBW, "--base_alfa", "1"), ("--base_alfa", "did you mean --base_alpha?")),
     ((*MBW, "--weights", "1" + ",1" * 25, "--base_alpha", "0.5"), ("BASE is set to",)),
     ((*MBW, "--output", "out.bin"), (".bin", ".safetensors or .ckpt")),
     ((*MBW, "--output", "none/out.ckpt"), ("none does not exist",)),
@@ -536,10 +552,14 @@ REFUSED: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     ((*MERGE, "--dtype", "fp8"), ('"fp8"', "fp16")),
     ((*MERGE, "--threads", "-1"), ("--threads -1",)),
     ((*MERGE, "--vae", "gone.safetensors"), ("gone.safetensors does not exist",)),
-    ((*MERGE, "--treads", "3"), ("Did you mean --threads",)),
+    ((*MERGE, "--treads", "3"), ("did you mean --threads?",)),
     ((*MERGE, "c.safetensors"), ("c.safetensors", "--help")),
+    ((*MERGE[:3], "--o", "x"), ("unknown option --o: did you mean -o?",)),
+    ((*MERGE[:3], "-output", "x.ckpt"), ("unknown option -output: did you mean --output?",)),
+    (("recipe", "import", "r.toml", "--kind", "x"), ("a1111", "mbw-gui", "supermerger")),
     (("explain", "a.safetensors"), ("two models, or one recipe",)),
     (("explain", "r.toml", "--alpha", "0.3"), ("--alpha", "recipe")),
+    (("run", "r.toml", "--set", "steps.mix.alpha=nan"), ("steps.mix.alpha is nan, not a finite",)),
     (("run", "gone.toml"), ("gone.toml does not exist",)),
     (("run", "r.toml", "--models", "nowhere"), ("--models nowhere is not a folder",)),
     (("inspect",), ("name a model file",)),

@@ -18,13 +18,14 @@ import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from itertools import product
 from typing import TYPE_CHECKING
 
 from plymix.cli import screen
-from plymix.errors import PlymixError, Refusal, unknown
+from plymix.errors import PlymixError, Refusal, listed, nearest, unknown
 
 if TYPE_CHECKING:
-    from cyclopts import App
+    from cyclopts import App, CycloptsError
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "mbw": ("merging:mbw", "Merge two models by blocks; numbers are the share of model 1."),
@@ -92,12 +93,31 @@ def _dispatch(words: Sequence[str], prog: str) -> int:
         raise _no_command(words)
     import cyclopts
 
+    parser, rest = app(name, prog), words[name.count(" ") + 1 :]
     try:
-        found = app(name, prog)(words[name.count(" ") + 1 :])
+        found = parser(rest)
     except cyclopts.CycloptsError as e:
-        text = str(e).strip().rstrip(".")
-        raise Refusal(f"{text}; see {prog or f'plymix {name}'} --help") from None
+        raise Refusal(f"{_misread(e, parser, rest)}; see {parser.name[0]} --help") from None
     return found if isinstance(found, int) else 0
+
+
+def _misread(error: CycloptsError, parser: App, words: Sequence[str]) -> str:
+    """What is wrong with a command line, in our words where the parser's would mislead."""
+    from cyclopts import UnknownOptionError, UnusedCliTokensError
+
+    known = [name for a in parser.assemble_argument_collection() for name in a.names]
+    if isinstance(error, UnknownOptionError):
+        word = error.token.keyword or error.token.value
+        bare = {name.lstrip("-"): name for name in reversed(known)}
+        near = nearest(word.lstrip("-"), bare)
+        return f"unknown option {word}" + (f": did you mean {bare[near[0]]}?" if near else "")
+    if isinstance(error, UnusedCliTokensError):
+        # -output was read as -o utput, and what follows it is left over
+        for word, name in product(words, known):
+            if len(word) > 2 and name.startswith(f"-{word}"):
+                return f"unknown option {word}: did you mean {name}?"
+        return f"too many arguments: {listed(error.unused_tokens or [])}"
+    return str(error).strip().rstrip(".")
 
 
 def app(name: str, prog: str = "") -> App:

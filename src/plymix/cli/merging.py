@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from plymix.cli import screen
 from plymix.cli.options import (
-    Device,
     DryRun,
     Folders,
     Force,
@@ -26,12 +25,11 @@ from plymix.cli.options import (
     option,
     weight,
 )
-from plymix.cli.recipes import load, planned
-from plymix.errors import Refusal, listed
+from plymix.cli.recipes import load, note_presets, planned
+from plymix.cli.showing import carry_out, made, mixed, show_blocks, show_plan, show_result
+from plymix.errors import Refusal
 
 if TYPE_CHECKING:
-    from plymix.api import Explanation, Result, Share
-    from plymix.plan import Plan
     from plymix.recipe import Recipe
     from plymix.weights import Resolved
 
@@ -96,6 +94,7 @@ def mbw(
 
     path = Path(output or default_name(model_1, model_2))
     api.ready(path, force)
+    note_presets(presets)
     recipe, shares, notes = classic(model_1, model_2, base_alpha, weights, presets)
     with planned(recipe) as plan:
         for text in notes:
@@ -149,12 +148,15 @@ def _resolved(
     from plymix import weights as settings
 
     setting = settings.parse(text, field="--weights", blocks=settings.SD1_BLOCKS, own=own)
-    if isinstance(setting, float):
-        setting = (setting,)  # a list of one: refused with the number that is expected
     with api.open(model) as source:
         arch = pairing.pair(source).detection.arch
     if arch is None:
         return None
+    if isinstance(setting, float):
+        raise Refusal(
+            f"--weights {text} is one number; {arch.short} wants {len(arch.blocks)}, or a preset's"
+            f" name. To merge everything at {text}, say --base_alpha {text} and no --weights"
+        )
     return settings.resolve(
         setting, arch.blocks, base=base, arch_title=arch.short, field="--weights"
     )
@@ -179,7 +181,7 @@ def classic_formula(
 
     def both(share: float) -> str:
         parts = ((share, model_1), (rest(share), model_2))
-        return " + ".join(f"{screen.percent(part)} {name}" for part, name in parts if part)
+        return mixed((name, part) for part, name in parts if part)
 
     blocks = [value for name, value in shares.items() if name != "BASE"]
     if not blocks:
@@ -221,6 +223,7 @@ def merge(
         path = api.output_path(a, output)
         api.ready(path, force)
     checked_threads(threads)
+    note_presets(options.presets)
     recipe = api.two_models(a, b, **options.recipe_options())
     with planned(recipe, strict=options.strict) as plan:
         if dry_run:
@@ -264,156 +267,10 @@ def explain(
     else:
         if set:
             raise Refusal("--set is for recipes; for two models say --alpha and the like")
+        note_presets(options.presets)
         recipe, folders = api.two_models(a, b, **options.recipe_options()), [*models]
     file = output or recipe.output.file
     if output:
         api.ready(Path(file), force)
     with planned(recipe, folders, strict=options.strict) as plan:
         show_plan(plan, json)
-
-
-# --- what is shown ------------------------------------------------------------------------------
-
-
-def carry_out(plan: Plan, path: Path, threads: int, device: Device) -> Result:
-    """Run a plan with its notes and a progress line."""
-    from plymix import api
-
-    for text in remarks(plan):
-        screen.note(text)
-    with screen.ProgressLine() as progress:
-        result = api.run(
-            plan, path, threads=checked_threads(threads), device=device, progress=progress
-        )
-    for text in result.notes[len(plan.notes) :]:  # what only the work could tell
-        screen.note(text)
-    return result
-
-
-def remarks(plan: Plan) -> Iterator[str]:
-    """What a user should know of a plan: its notes, dropped EMA weights, keys without a partner."""
-    yield from plan.notes
-    for i in plan.inputs:
-        for rule, keys in plan.dropped.get(i.name, {}).items():
-            if rule.startswith("ema") and i.name in plan.recipe.models:
-                done = "left out" if rule == "ema = drop" else "replaced by their EMA copies"
-                yield f"{i.label}: {len(keys)} tensors {done} ({rule})"
-        told = {*i.strangers, *i.paired.unpaired}
-        alone = [k for k in plan.unmatched.get(i.name, ()) if k not in told]
-        if alone and i is not plan.base:
-            yield f"{i.label}: {len(alone)} tensors without a partner, left out: {listed(alone)}"
-
-
-def show_result(plan: Plan, result: Result, json: bool) -> None:
-    if json:
-        screen.put_json(result.to_dict())
-    else:
-        screen.put(made(result, result.formula))
-
-
-def made(result: Result, formula: str) -> str:
-    """The line that ends a merge: what was made, of what, how large, how fast."""
-    from plymix.api import size
-
-    return (
-        f"{result.path.name} = {formula} [{size(result.nbytes)}, {result.seconds:.1f} s;"
-        f" {result.merged} tensors merged, {result.copied} copied; of the inputs"
-        f" {result.dropped} unused, {result.unmatched} unmatched]"
-    )
-
-
-def show_plan(plan: Plan, json: bool) -> None:
-    from plymix import api
-
-    explanation = api.explained(plan)
-    for text in (*remarks(plan), *explanation.notes[len(plan.notes) :]):
-        screen.note(text)
-    if json:
-        screen.put_json(explanation.to_dict())
-        return
-    screen.put(explanation.formula)
-    screen.put(explanation.architecture)
-    screen.put("")
-    show_blocks(explanation.blocks, [i.label for i in plan.inputs])
-    screen.put("")
-    for line in totals(explanation, {i.name: i.label for i in plan.inputs}):
-        screen.put(line)
-
-
-def totals(explanation: Explanation, labels: Mapping[str, str]) -> Iterator[str]:
-    from plymix.api import size
-
-    yield f"{explanation.merged} tensors merged, {explanation.copied} copied"
-    for name, rules in explanation.dropped.items():
-        for rule, n in rules.items():
-            yield f"{n} of {labels.get(name, name)} left out: {rule}"
-    for name, keys in explanation.unmatched.items():
-        if keys:
-            yield f"{len(keys)} of {labels.get(name, name)} unmatched: {listed(keys)}"
-    yield (
-        f"reads {size(explanation.bytes_read)}, writes {size(explanation.bytes_written)},"
-        f" needs at most {size(explanation.memory)} of memory; nothing was written"
-    )
-
-
-Row = tuple[str, Mapping[str, float], str, int, int]
-"""Block, share of each file, methods, tensors merged, tensors copied."""
-
-
-def rows(shares: Iterable[Share]) -> list[Row]:
-    """One row per block; components of a block that are treated alike are one."""
-    found: dict[Any, Row] = {}
-    for s in shares:
-        key = (s.block, tuple(s.shares.items()), s.method)
-        _, _, _, merged, copied = found.get(key, ("", {}, "", 0, 0))
-        found[key] = (s.block, s.shares, s.method, merged + s.merged, copied + s.copied)
-    return list(found.values())
-
-
-def show_blocks(shares: Iterable[Share], files: Iterable[str]) -> None:
-    """The table of blocks: bars between two files' shares; for more files, the shares in words."""
-    known = rows(shares)
-    used = [f for f in dict.fromkeys(files) if any(f in row[1] for row in known)]
-    plain_mix = all(not row[2] and abs(sum(row[1].values()) - 1) < 1e-6 for row in known)
-    if len(used) <= 2 and plain_mix:
-        _two_files(known, [*used, *(f for f in files if f not in used)][:2])
-    else:
-        _many_files(known)
-
-
-def _two_files(known: list[Row], files: list[str]) -> None:
-    first, second = (*files, "")[:2]
-    counted = screen.width() >= 72
-    side = max(9, min(24, (screen.width() - 46) // 2 if counted else (screen.width() - 24) // 2))
-    cells = max(8, min(30, screen.width() - 8 - 2 * (side + 2) - 16 * counted))
-    made = screen.grid()
-    made.add_column("block")
-    made.add_column(screen.cell(screen.shortened(first, side)), justify="right", no_wrap=True)
-    made.add_column("", width=cells, no_wrap=True)
-    made.add_column(screen.cell(screen.shortened(second, side)), no_wrap=True)
-    if counted:
-        made.add_column("merged", justify="right")
-        made.add_column("copied", justify="right")
-    for block, mix, _, merged, copied in known:
-        share = mix.get(first, 0.0)
-        drawn = screen.bar(share, cells)
-        counts = (str(merged), str(copied)) if counted else ()
-        made.add_row(
-            block,
-            screen.percent(share),
-            drawn,
-            screen.percent(mix.get(second, 0.0)),
-            *counts,
-        )
-    screen.draw(made)
-
-
-def _many_files(known: list[Row]) -> None:
-    def told(mix: Mapping[str, float], methods: str) -> str:
-        parts = [f"{screen.percent(c)} {name}" for name, c in mix.items()]
-        return " + ".join(parts).replace("+ -", "- ") + (f" by {methods}" if methods else "")
-
-    screen.table(
-        ("block", ">merged", ">copied", "made of"),
-        [(b, str(m), str(c), told(mix, how).strip()) for b, mix, how, m, c in known],
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from plymix.cli import screen
 from plymix.cli.options import (
@@ -21,11 +21,15 @@ from plymix.cli.options import (
     argument,
     option,
 )
-from plymix.errors import Refusal
+from plymix.cli.showing import carry_out, made, show_plan, show_result
+from plymix.errors import Refusal, listed
 
 if TYPE_CHECKING:
     from plymix.plan import Plan
     from plymix.recipe import Recipe
+
+Kind = Literal["a1111", "chattiori", "comfyui", "mbw-gui", "model-mixer", "supermerger"]
+"""The keys of `importers.READERS`, which is not loaded for a help page; a test compares them."""
 
 EXAMPLES = {
     "run": "Example:\n  PROG recipe.toml -o final.safetensors --set steps.mix.alpha.base=0.3"
@@ -53,8 +57,17 @@ def load(
         if not equals or not at:
             raise Refusal(f"--set {setting}: write PATH=VALUE, as in steps.mix.alpha=0.3")
         found = recipes.with_setting(found, at.strip(), value.strip())
+    note_presets(presets)
     found = api.with_own_presets(found, api.own_presets(presets))
     return found, [*folders, str(path.parent)]
+
+
+def note_presets(file: str) -> None:
+    """Say which presets of a user's file are used in place of plymix's of the same name."""
+    from plymix import api, weights
+
+    if names := weights.overridden(api.own_presets(file)):
+        screen.note(f"{file}: its {listed(names)} is used, not plymix's, which has other numbers")
 
 
 def planned(recipe: Recipe, folders: Sequence[str] = (), *, strict: bool = False) -> Plan:
@@ -87,7 +100,6 @@ def run(
     every step alpha is the share of the second model.
     """
     from plymix import api
-    from plymix.cli import merging
 
     found, folders = load(recipe, set, models, presets)
     if output or not dry_run:
@@ -95,9 +107,9 @@ def run(
         api.ready(path, force)
     with planned(found, folders, strict=strict) as plan:
         if dry_run:
-            merging.show_plan(plan, json)
+            show_plan(plan, json)
         else:
-            merging.show_result(plan, merging.carry_out(plan, path, threads, device), json)
+            show_result(plan, carry_out(plan, path, threads, device), json)
 
 
 def replay(
@@ -115,7 +127,6 @@ def replay(
     --output the result is called FILE-replay, in the current folder.
     """
     from plymix import replay as replaying
-    from plymix.cli.merging import made
 
     with screen.ProgressLine() as progress:
         result = replaying.replay(
@@ -175,8 +186,8 @@ def import_(
         str, option("The recipe: .toml or .json.", "--output", "-o", default=False, metavar="FILE")
     ] = "",
     kind: Annotated[
-        str, option("Whose record it is, where that is not plain.", default=False, metavar="TOOL")
-    ] = "",
+        Kind | None, option("Whose record it is, where that is not plain.", default=False)
+    ] = None,
     entry: Annotated[int, option("Line of a history; -1 is the last.", metavar="N")] = -1,
     model: Annotated[
         tuple[str, ...],
@@ -206,7 +217,7 @@ def import_(
                 f"--model {text}: write NAME=FILE, as in --model a1b2c3d4e5=a.safetensors"
             )
         models[name] = where
-    found = import_recipe(file, kind=kind or None, models=models, entry=entry)
+    found = import_recipe(file, kind=kind, models=models, entry=entry)
     for note in found.notes:
         screen.note(note)
     toml = recipes.to_toml(found.recipe)
