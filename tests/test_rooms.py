@@ -32,7 +32,8 @@ ALLOWED = {
     "expr": {"errors", "registry", "formats", "expr"},
     "pairing": FORMATS | ARCHS | {"expr", "pairing"},
     "plan": BOTTOM | {"pairing", "plan", "adapters"},
-    "engine": BOTTOM | {"plan", "engine", "gpu"},
+    "temporary": {"temporary"},
+    "engine": BOTTOM | {"plan", "engine", "gpu", "temporary"},
 }
 TOP = {"cli", "web"}
 """Imported by nobody but each other and `__main__`."""

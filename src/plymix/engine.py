@@ -26,7 +26,7 @@ from typing import Any, Protocol, Union
 
 import numpy as np
 
-from plymix import kernels
+from plymix import kernels, temporary
 from plymix.errors import Cancelled, Failure, PlymixError
 from plymix.expr import (
     Call,
@@ -680,27 +680,23 @@ def _keep_memory() -> None:
 
 # --- the finished file --------------------------------------------------------------------------
 
-TEMPORARY = ".plymix-tmp"
-
 
 class AtomicFile:
     """A file that gets its name when it is finished: temporary name, fsync, rename.
 
     Use it as a context manager; `commit()` makes it real. Without it nothing is left behind. What
-    a killed run left behind for the same name is removed.
+    killed runs left behind in the folder is removed.
     """
 
     def __init__(self, path: Path, size: int) -> None:
         self.path = path
-        self.temporary = path.with_name(f".{_short(path)}.{os.getpid()}{TEMPORARY}")
         self.size = size
         self.replaces = path.exists()
 
     def __enter__(self) -> FileTarget:
-        _sweep(self.path)
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        temporary.sweep(self.path.parent)
         try:
-            self.fd = os.open(self.temporary, flags, 0o666)
+            self.fd, self.temporary = temporary.create(self.path)
         except OSError as e:
             raise Failure(f"cannot write in {self.path.parent}: {e.strerror}") from None
         try:
@@ -733,9 +729,13 @@ class AtomicFile:
 
     def commit(self) -> None:
         os.fsync(self.fd)
-        os.close(self.fd)
-        self.fd = -1
+        if os.name == "nt":  # an open file cannot be renamed there
+            os.close(self.fd)
+            self.fd = -1
         self._name()
+        if self.fd >= 0:  # closed last: its lock says that it has an owner
+            os.close(self.fd)
+            self.fd = -1
         if hasattr(os, "O_DIRECTORY"):
             folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
             try:
@@ -775,32 +775,6 @@ class AtomicFile:
         os.close(self.fd)
         self.fd = -1
         self.temporary.unlink(missing_ok=True)
-
-
-def _sweep(path: Path) -> None:
-    """Remove temporaries of `path` whose process is gone (a kill -9, a power cut)."""
-    prefix = f".{_short(path)}."
-    for found in path.parent.glob(f".*{TEMPORARY}"):
-        pid = found.name[len(prefix) : -len(TEMPORARY)]
-        if found.name.startswith(prefix) and pid.isdigit() and not _alive(int(pid)):
-            found.unlink(missing_ok=True)
-
-
-def _short(path: Path) -> str:
-    """The file's name, cut so that a temporary's name is no longer than a name may be."""
-    return path.name.encode()[:180].decode(errors="ignore")
-
-
-def _alive(pid: int) -> bool:
-    if os.name == "nt":
-        return True  # signal 0 is not a question there; leave it
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 @dataclass(frozen=True)
