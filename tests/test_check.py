@@ -274,12 +274,12 @@ def test_infinite_schedule_is_a_note_and_masks_are_meant_to_be(tmp_path):
 def test_quantised_and_rare_dtypes_are_named(tmp_path):
     table = {
         "layer.weight": {"dtype": "F8_E4M3", "shape": [4, 4], "data_offsets": [0, 16]},
-        "layer.weight_scale": {"dtype": "F32", "shape": [1], "data_offsets": [16, 20]},
-        "mx": {"dtype": "F8_E8M0", "shape": [4], "data_offsets": [20, 24]},
+        "layer.weight_scale": {"dtype": "F32", "shape": [1, 4], "data_offsets": [16, 32]},
+        "mx": {"dtype": "F8_E8M0", "shape": [4], "data_offsets": [32, 36]},
     }
     text = json.dumps(table).encode()
     path = tmp_path / "q.safetensors"
-    path.write_bytes(len(text).to_bytes(8, "little") + text + b"\x3c" * 24)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"\x3c" * 36)
     found = [f for f in check(path).findings if f.kind == "unchecked"]
     assert {key for f in found for key in f.keys} == {"layer.weight_scale", "mx"}
     assert {f.severity for f in found} == {"note"}

@@ -38,7 +38,7 @@ from plymix.expr import (
     positional,
 )
 from plymix.formats import open_model, writer_for
-from plymix.formats.base import Entry, Layout, Source, TensorInfo
+from plymix.formats.base import WHOLE, Entry, Layout, Source, TensorInfo
 from plymix.formats.diffusers import MODEL_INDEX
 from plymix.pairing import Paired
 from plymix.recipe import BLEND, DTYPES, Recipe, Step
@@ -371,9 +371,22 @@ class _Planner:
         for i in self.by_name.values():
             quantised = archs.quantised(i.source.tensors)
             if quantised:
+                kind = next(iter(quantised.values()))
+                keys = listed((key for key, of in quantised.items() if of == kind), 3)
                 raise Refusal(
-                    f"{i.label} holds quantised weights ({listed(quantised, 3)}): their scales"
-                    " cannot be blended; use the fp16 or bf16 version of the model"
+                    f"{i.label} holds quantised weights, {kind} ({keys}), which cannot be blended"
+                    " as they are; use the fp16, bf16, fp8 or GGUF version of the model"
+                )
+            odd = {
+                key: i.tensors[key]
+                for key, place in i.places.items()
+                if place.block != "BUFFER" and _unblendable(i.tensors[key], self.any)
+            }
+            if odd:
+                dtypes = listed(sorted({info.dtype for info in odd.values()}))
+                raise Refusal(
+                    f"{i.label} holds {len(odd)} weights as {dtypes} ({listed(odd, 3)}), which"
+                    " cannot be blended; use the fp16, bf16, fp8 or GGUF version of the model"
                 )
 
     def _same_prediction(self) -> None:
@@ -807,7 +820,8 @@ class _Planner:
                 else:
                     alone.append(info.name)
             alone += (key for key in i.paired.unpaired if (i.index, key) not in used)
-            rules.update((why, list(keys)) for why, keys in i.paired.left_out.items())
+            for left_out in (i.paired.left_out, i.source.left_out):
+                rules.update((why, list(keys)) for why, keys in left_out.items())
             if i.name not in self.by_name:
                 rules.setdefault("not part of the component", []).extend((*alone, *i.strangers))
                 alone = []
@@ -861,6 +875,14 @@ class _Planner:
                 )
         if not tensors:
             raise Refusal("the result would hold no tensor at all")
+
+
+def _unblendable(info: TensorInfo, any_arch: bool) -> bool:
+    """Whether a weight has numbers that plymix cannot compute with, as packed ones have.
+
+    Where nobody knows the architecture, whole numbers may be meant, and are copied.
+    """
+    return info.numel > 1 and not info.is_float and not (any_arch and info.dtype in WHOLE)
 
 
 def _any_place(key: str) -> Place:

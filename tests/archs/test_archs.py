@@ -232,9 +232,10 @@ def test_markers_and_quantised():
     keys = ["a.weight", "v_pred", "ztsnr"]
     assert archs.markers(keys) == {"v_pred": "v-prediction", "ztsnr": "zero-terminal SNR"}
     keys = ["x.weight", "x.scale_weight", "scaled_fp8", "y.comfy_quant", "y.weight_scale"]
-    assert archs.quantised(keys) == keys[1:]
+    assert list(archs.quantised(keys)) == keys[1:]
+    assert set(archs.quantised(keys).values()) == {"scaled weights"}
     for model in MODELS:
-        assert archs.quantised(golden(model)) == []
+        assert archs.quantised(golden(model)) == {}
 
 
 @pytest.mark.parametrize("name", archs.names())

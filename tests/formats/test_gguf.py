@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import plymix
 from plymix import engine, plan
 from plymix.errors import Failure, FormatError, Refusal
-from plymix.formats import gguf, open_model
+from plymix.formats import gguf, open_model, virtual
 from plymix.formats.base import Entry
 from plymix.formats.gguf_blocks import Q8_0, QUANTS, encode_q8_0
 from small import deviation, draw, load, real, recipe, save
@@ -600,7 +600,7 @@ def test_the_package_reads_what_we_write(tmp_path):
     assert contents(path)["conv"][:3] == ("F32", (32, 3, 3, 3), "Q8_0")
 
 
-@pytest.mark.parametrize("step", [128, 1280, 4 * gguf.BATCH])
+@pytest.mark.parametrize("step", [128, 1280, 4 * virtual.BATCH])
 def test_packed_bytes_do_not_depend_on_how_they_come(tmp_path, step):
     x = {f"t{i}": rows(i, 7000).tobytes() for i in range(3)}
     entries = gguf.packed([Entry(k, "F32", (7000, 32)) for k in x])

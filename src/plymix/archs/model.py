@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -265,7 +265,7 @@ class Shared(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     parts: tuple[str, ...]
     ema: str
     buffers: tuple[str, ...]
-    quantised: tuple[str, ...]
+    quantised: dict[str, tuple[str, ...]]
     markers: dict[str, str]
     bare: dict[str, tuple[str, ...]]
     lora: LoraFacts
@@ -365,10 +365,13 @@ def is_buffer(key: str) -> bool:
     return key in _shared_buffers()
 
 
-def quantised(keys: Iterable[str]) -> list[str]:
-    """Those of `keys` that hold scales and tables of quantised weights.
+def quantised(keys: Collection[str]) -> dict[str, str]:
+    """Those of `keys` that hold scales and tables of quantised weights, and whose they are.
 
     A weight beside them is not a plain number: it cannot be blended before it is dequantised.
     """
-    names = Names(shared_facts().quantised)
-    return [key for key in keys if key in names]
+    found: dict[str, str] = {}
+    for kind, patterns in shared_facts().quantised.items():
+        names = Names(patterns)
+        found.update((key, kind) for key in keys if key in names)
+    return found

@@ -69,8 +69,19 @@ def open_model(path: str | os.PathLike[str]) -> Source:
     if path.is_dir() or path.name == "model_index.json":
         from plymix.formats import diffusers
 
-        return diffusers.open_folder(path if path.is_dir() else path.parent)
-    return open_file(path)
+        return _unpacked(diffusers.open_folder(path if path.is_dir() else path.parent))
+    return _unpacked(open_file(path))
+
+
+def _unpacked(source: Source) -> Source:
+    """`source` with the numbers its weights stand for; it is closed again if that fails."""
+    from plymix.formats import packed
+
+    try:
+        return packed.unpacked(source)
+    except BaseException:
+        source.close()
+        raise
 
 
 def open_file(path: Path, readers: Sequence[str] = READERS) -> Source:

@@ -32,6 +32,9 @@ BITS: dict[str, int] = {
 FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 """The dtypes plymix computes with; everything else is only ever copied."""
 
+WHOLE = frozenset({"BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64"})
+"""The dtypes of whole numbers."""
+
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
@@ -95,6 +98,7 @@ class Source:
     `notes` are sentences a user should see ("optimizer state ignored: 412 entries").
     `root` says what the tensors were nested under in a pickle ("state_dict"), if anything.
     `configs` are a folder's small files that go along with the weights, by their path in it.
+    `left_out` are tensors of the file that are about how it stores its weights, by what they are.
     """
 
     path: Path
@@ -105,6 +109,7 @@ class Source:
     root: str = ""
     handles: tuple[Readable, ...] = ()
     configs: Mapping[str, Path] = field(default_factory=dict)
+    left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def files(self) -> tuple[Path, ...]:

@@ -3,17 +3,16 @@
 Sources: the GGUF specification (ggml's `docs/gguf.md`); `comfy.gguf.orig_shape.*` as ComfyUI-GGUF
 defines it.
 
-A packed tensor is read as float32: it lies in a second, virtual file of the source, `Decoded`,
-which unpacks the blocks it is asked for. So all the rest of plymix reads it as it reads any tensor.
-Writing mirrors this: what goes to an offset beyond the file's size is packed (`Encoding`).
+A packed tensor is read as float32: it lies in a virtual file of the source (`virtual`). Writing
+mirrors this: what goes to an offset beyond the file's size is packed (`Encoding`).
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from struct import Struct
 from typing import Any, NamedTuple
@@ -21,8 +20,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from plymix.errors import Failure, FormatError, Refusal
-from plymix.formats.base import FLOATS, Entry, Handle, Layout, Piece, Source, TensorInfo, opened
+from plymix.formats.base import (
+    FLOATS,
+    Entry,
+    Handle,
+    Layout,
+    Piece,
+    Readable,
+    Source,
+    TensorInfo,
+    opened,
+)
 from plymix.formats.gguf_blocks import Q8_0, QUANTS, Quant, encode_q8_0
+from plymix.formats.virtual import Spans, Virtual
 
 name = "gguf"
 suffixes = (".gguf",)
@@ -34,7 +44,6 @@ MAX_VALUES = 10_000  # of metadata
 MAX_STRINGS = 2_000_000  # in arrays, all together; the largest vocabularies have 300,000
 MAX_NAME = 65_535
 MAX_RANK = 8  # ggml stops at 4, but video models are about with 5
-BATCH = 1 << 16  # elements unpacked or packed at a time
 
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 OURS = ("general.alignment", "general.quantization_version", "general.file_type")
@@ -57,7 +66,7 @@ NUMBERS = {label: number for number, label in PLAIN.items()} | {
 """ggml's number of each kind that is written or read."""
 
 
-# ---- the virtual files
+# ---- packed tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,50 +80,14 @@ class Span:
     name: str
 
 
-class _Spans:
-    """Spans in the order of their starts, with the way from a virtual range to ranges of blocks."""
-
-    def __init__(self, spans: Sequence[Span]) -> None:
-        self._spans = [s for s in spans if s.numel]
-        self._starts = [s.start for s in self._spans]
-
-    def parts(self, offset: int, nbytes: int) -> Iterator[tuple[Span, int, int]]:
-        """(span, first byte in it, bytes) for every part of a range, of BATCH elements at most."""
-        while nbytes:
-            span = self._spans[bisect_right(self._starts, offset) - 1]
-            begin = offset - span.start
-            n = min(nbytes, 4 * span.numel - begin, 4 * BATCH - begin % (4 * BATCH))
-            yield span, begin, n
-            offset += n
-            nbytes -= n
-
-
-class Decoded:
-    """The packed tensors of a GGUF file, as a virtual file of float32."""
-
-    size = 0  # on disk there is only the GGUF file itself
-
-    def __init__(self, handle: Handle, spans: Sequence[Span]) -> None:
-        self.path = handle.path
-        self._handle = handle
-        self._spans = _Spans(spans)
-
-    def read_at(self, offset: int, out: Any) -> None:
-        view = memoryview(out).cast("B")
-        for span, begin, n in self._spans.parts(offset, len(view)):
-            quant = span.quant
-            first = begin // (4 * quant.elements)
-            count = -(-(begin + n) // (4 * quant.elements)) - first
-            packed = np.empty((count, quant.nbytes), np.uint8)
-            self._handle.read_at(span.at + first * quant.nbytes, packed)
-            with np.errstate(all="ignore"):  # a hostile scale may be infinite; so is the value then
-                values = np.ascontiguousarray(quant.decode(packed)).view(np.uint8).reshape(-1)
-            skip = begin - first * 4 * quant.elements
-            view[:n] = values[skip : skip + n].data
-            view = view[n:]
-
-    def close(self) -> None:
-        """Nothing of its own to close."""
+def unpack(handle: Readable, span: Span, first: int, count: int) -> Any:
+    """Elements [first, first + count) of `span`, flat, as float32."""
+    quant = span.quant
+    block = first // quant.elements
+    packed = np.empty((-(-(first + count) // quant.elements) - block, quant.nbytes), np.uint8)
+    handle.read_at(span.at + block * quant.nbytes, packed)
+    skip = first - block * quant.elements
+    return quant.decode(packed).reshape(-1)[skip : skip + count]
 
 
 class Encoding:
@@ -123,7 +96,7 @@ class Encoding:
     def __init__(self, target: Any, spans: Sequence[Span]) -> None:
         self._target = target
         self._first = spans[0].start
-        self._spans = _Spans(spans)
+        self._spans = Spans(spans)
 
     def write_at(self, offset: int, data: Any) -> None:
         if offset < self._first:
@@ -263,7 +236,9 @@ class _Header:
             raise self.bad(f"its alignment is {str(alignment)[:40]!r}")
         start = -(-self.at // alignment) * alignment
         infos, spans = self.placed(found, start, alignment, metadata)
-        handles = (self.handle, Decoded(self.handle, spans)) if spans else (self.handle,)
+        handles: tuple[Readable, ...] = (self.handle,)
+        if spans:
+            handles += (Virtual(self.handle.path, spans, partial(unpack, self.handle)),)
         said = {k: _as_text(v) for k, v in metadata.items() if v is not None and k not in OURS}
         shown = {k: v for k, v in said.items() if not k.startswith(ORIGINAL_SHAPE)}
         return Source(self.handle.path, name, infos, shown, handles=handles)
