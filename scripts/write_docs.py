@@ -234,7 +234,8 @@ OUTPUT_FIELDS = {
     "trim": "Drop the keys that another model lacks.",
     "repair": "`position_ids` resets the text encoder's to 0..76; `names` writes keys in the"
     " architecture's own spelling.",
-    "arch": "`any` merges key by key, whatever the models are.",
+    "arch": "`any` merges key by key, whatever the models are; a file (`.toml`) or a table"
+    " describes [an architecture of your own](../guide/own-architecture.md).",
     "allow_mixed_prediction": "Merge models that predict different things (epsilon and v).",
     "adjust": "Detail, contrast and colour, set on the finished model; see [below](#adjust).",
     "title": "The title in the result's metadata.",
@@ -387,7 +388,8 @@ def architectures() -> Iterator[str]:
         " Weights that are not in a block of the list are BASE (text encoders), VAE (the first"
         " model's unless you say otherwise) and buffers (never blended).",
         "A file of an architecture that is not here is refused by name; `--arch any` merges it"
-        " key by key.",
+        " key by key, `--arch FILE.toml` by the blocks that [you describe]"
+        "(../guide/own-architecture.md).",
     )
     yield from table(
         ("name", "architecture", "blocks", "a list has"),

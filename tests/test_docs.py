@@ -72,6 +72,14 @@ MODELS = {
     "wd-v1-3": {"seed": 14},
     **{f"m{i:02}": {"seed": 20 + i} for i in range(1, 11)},
 }
+LUMEN = {"lumen-a": 1, "lumen-b": 2}
+OWN = {  # the invented architecture of guide/own-architecture.md
+    "stem.weight": ("F16", (8, 4)),
+    **{f"time.{i}.weight": ("F16", (8, 8)) for i in (0, 2)},
+    **{f"layers.{i}.{part}.weight": ("F16", (8, 8)) for i in range(4) for part in ("mix", "ff")},
+    "positions": ("F32", (16, 8)),
+    "head.weight": ("F16", (4, 8)),
+}
 NAMED = re.compile(r"[\w-]+\.(?:safetensors|ckpt)")
 
 
@@ -93,6 +101,8 @@ def library(tmp_path_factory):
             if stem == "broken":
                 values["model.diffusion_model.out.2.weight"].reshape(-1)[0] = float("nan")
             return write_safetensors(path, made, values)
+        if stem in LUMEN:
+            return write_safetensors(path, OWN, state(OWN, LUMEN[stem]))
         if stem not in MODELS:
             return None
         if ending == "safetensors":

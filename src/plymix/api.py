@@ -122,7 +122,7 @@ def two_models(
     dtype: str = "keep",
     ema: str = "drop",
     union: bool = False,
-    arch: str = "",
+    arch: PathLike = "",
     allow_mixed_prediction: bool = False,
 ) -> Recipe:
     """The recipe of a merge of two models (three with `c`): what the command `merge` runs.
@@ -130,7 +130,8 @@ def two_models(
     `alpha` is the share of `b`: a number, a preset's name, a list of block weights, or a mapping as
     in a recipe. `presets` is a file of presets of your own (MBW's preset.tsv, supermerger's
     mbwpresets.txt), whose names `alpha` may use. `base` is the text encoder's share where `alpha`
-    is not a plain number. `vae` is "a", "b", "blend" or a file. Raises Refusal.
+    is not a plain number. `vae` is "a", "b", "blend" or a file. `arch` is "any" for a plain merge
+    by key, or a file that describes an architecture of your own. Raises Refusal.
     """
     models = {"a": os.fspath(a), "b": os.fspath(b)}
     step: dict[str, Any] = {"method": method, "a": "a", "b": "b"}
@@ -149,7 +150,7 @@ def two_models(
         "vae": vae,
         "ema": ema,
         "union": union,
-        "arch": arch,
+        "arch": os.fspath(arch),
         "allow_mixed_prediction": allow_mixed_prediction,
     }
     return recipes.from_dict({"models": models, "steps": {"merge": step}, "output": output})

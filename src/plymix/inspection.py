@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from plymix import archs, pairing
-from plymix.archs import Detection, Place, Prediction
+from plymix.archs import Architecture, Detection, Place, Prediction
 from plymix.errors import Refusal
 from plymix.formats import open_model
 from plymix.formats.base import Source, TensorInfo
@@ -118,17 +118,21 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         return {_brief(key): _brief(value) for key, value in self.metadata.items()}
 
 
-def inspect(path: str | os.PathLike[str], *, hashes: bool = False) -> Report:
+def inspect(
+    path: str | os.PathLike[str], *, hashes: bool = False, arch: str | os.PathLike[str] = ""
+) -> Report:
     """Report on the model file at `path` from its header; with `hashes`, read all of it too.
 
-    Raises Refusal or FormatError when it is no readable model file.
+    `arch` is a file that describes an architecture of your own. Raises Refusal or FormatError when
+    it is no readable model file, or when the description is wrong.
     """
+    described = archs.described(arch)
     with open_model(path) as source:
-        return _report(source, hashes)
+        return _report(source, hashes, described)
 
 
-def _report(source: Source, hashed: bool) -> Report:
-    paired = paired_or_not(source)
+def _report(source: Source, hashed: bool, own: Architecture | None) -> Report:
+    paired = paired_or_not(source, own)
     detection = paired.detection
     rows = list(placed(source, paired))
     total = _amount(rows)
@@ -168,12 +172,12 @@ def _report(source: Source, hashed: bool) -> Report:
 Row = tuple[TensorInfo, "Place | None"]
 
 
-def paired_or_not(source: Source) -> Paired:
+def paired_or_not(source: Source, own: Architecture | None = None) -> Paired:
     """The file's tensors paired with its architecture's; by their own names where that fails."""
     try:
-        return pairing.pair(source)
+        return pairing.pair(source, own=own)
     except Refusal:
-        return pairing.unpaired(source)
+        return pairing.unpaired(source, own)
 
 
 def has_places(detection: Detection) -> bool:

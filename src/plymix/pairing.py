@@ -55,10 +55,13 @@ class Paired:
         )
 
 
-def pair(source: Source, arch: Architecture | None = None) -> Paired:
+def pair(
+    source: Source, arch: Architecture | None = None, own: Architecture | None = None
+) -> Paired:
     """The tensors of `source`, which is a model or, where `arch` is given, a component of one.
 
-    What is neither keeps its names. Raises Refusal for shapes that cannot be what their names say.
+    `own` is an architecture that a user describes, looked for first. What is neither keeps its
+    names. Raises Refusal for shapes that cannot be what their names say.
     """
     groups = _components(source)
     if groups:
@@ -71,16 +74,16 @@ def pair(source: Source, arch: Architecture | None = None) -> Paired:
         return (
             replace(_paired(part.arch, groups), spelling={}) if part else _unknown(source, shapes)
         )
-    plain = unpaired(source)
+    plain = unpaired(source, own)
     if plain.detection.arch and not plain.detection.dialect:
         return plain
     part = _deciding(recognise(_shapes(source.tensors)), arch)
     return _paired(part.arch, {part.component: source.tensors}) if part else plain
 
 
-def unpaired(source: Source) -> Paired:
+def unpaired(source: Source, own: Architecture | None = None) -> Paired:
     """The tensors of `source` by the names they have, whatever it is."""
-    return Paired(archs.detect(_shapes(source.tensors)), source.tensors)
+    return Paired(archs.detect(_shapes(source.tensors), own), source.tensors)
 
 
 Group = Mapping[str, TensorInfo]

@@ -16,6 +16,8 @@ from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Any
 
+import msgspec
+
 from plymix import archs, pairing, weights
 from plymix.archs import Architecture, Detection, Place
 from plymix.archs.dialects import shape_of
@@ -43,9 +45,6 @@ from plymix.formats.diffusers import MODEL_INDEX
 from plymix.pairing import Paired
 from plymix.recipe import BLEND, DTYPES, Recipe, Step
 from plymix.registry import Method, Param, get_method
-
-LATENT_CHANNELS = 4
-"""Channels of the input convolution that every variant of the U-Net family shares."""
 
 ANY = "ALL"
 """The one block of a plain merge by key (`arch = "any"`)."""
@@ -201,11 +200,32 @@ def build(
         return source
 
     try:
-        return _Planner(recipe, open_counted, strict).plan()
+        recipe, own = own_architecture(recipe, folders)
+        return _Planner(recipe, open_counted, strict, own).plan()
     except BaseException:
         for source in () if keep_open else opened:
             source.close()
         raise
+
+
+def own_architecture(
+    recipe: Recipe, folders: Sequence[str | os.PathLike[str]] = ()
+) -> tuple[Recipe, Architecture | None]:
+    """The architecture that `recipe` describes, and the recipe with it in place of its file's name.
+
+    Raises Refusal that names the file and the field.
+    """
+    said = recipe.output.arch
+    if said in ("", "any"):
+        return recipe, None
+    from plymix.archs import own
+
+    if isinstance(said, str):
+        said = own.read(locate(said, folders))
+        recipe = msgspec.structs.replace(
+            recipe, output=msgspec.structs.replace(recipe.output, arch=said)
+        )
+    return recipe, own.architecture(said)
 
 
 def locate(file: str, folders: Sequence[str | os.PathLike[str]]) -> Path:
@@ -223,8 +243,15 @@ def locate(file: str, folders: Sequence[str | os.PathLike[str]]) -> Path:
 class _Planner:
     """The state of one planning run."""
 
-    def __init__(self, recipe: Recipe, open_file: Callable[[str], Source], strict: bool) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        open_file: Callable[[str], Source],
+        strict: bool,
+        own: Architecture | None = None,
+    ) -> None:
         self.recipe = recipe
+        self.own = own
         self.open_file = open_file
         self.strict = strict
         self.inputs: list[Input] = []
@@ -303,7 +330,7 @@ class _Planner:
 
     def _open(self, name: str) -> Input:
         source = self.open_file(name)
-        paired = pairing.unpaired(source) if self.any else pairing.pair(source)
+        paired = pairing.unpaired(source) if self.any else pairing.pair(source, own=self.own)
         arch = paired.detection.arch
         tensors: dict[str, TensorInfo] = {}
         places: dict[str, Place] = {}
@@ -347,7 +374,7 @@ class _Planner:
             self.short = "any architecture"
             return
         for i in self.by_name.values():
-            _require_model(i, self.base)
+            _require_own(i, self.own) if self.own else _require_model(i, self.base)
         base = self.base.detection
         for i in self.by_name.values():
             if i.detection.arch != base.arch:
@@ -455,7 +482,7 @@ class _Planner:
         """A component file: its keys are read as the base architecture spells them."""
         assert self.arch is not None
         source = self.open_file(name)
-        paired = pairing.pair(source, self.arch)
+        paired = pairing.pair(source, self.arch, self.own)
         places: dict[str, Place] = {}
         tensors: dict[str, TensorInfo] = {}
         strangers: list[str] = []
@@ -736,11 +763,13 @@ class _Planner:
         widths = sorted({shape[1] for shape in shapes})
         rest = {(shape[0], *shape[2:]) for shape in shapes}
         names = settings.step.inputs
-        if len(widths) != 2 or widths[0] != LATENT_CHANNELS or len(rest) != 1:
+        assert self.arch is not None
+        plain = self.arch.input_channels
+        if len(widths) != 2 or widths[0] != plain or len(rest) != 1:
             text = ", ".join(f"{names[m]} {s[1]}" for m, s in zip(models, shapes, strict=True))
             raise Refusal(
                 f"{key} has different numbers of input channels ({text}): only plain models"
-                f" ({LATENT_CHANNELS}) and one kind of inpainting or pix2pix model mix"
+                f" ({plain}) and one kind of inpainting or similar model mix"
             )
         owner = next(i for i, s in enumerate(shapes) if s[1] == widths[1])
         inner = [
@@ -966,6 +995,19 @@ def _numbers(field: str, value: Any, count: int) -> tuple[float, ...]:
         what = "a number" if count == 1 else f"{count} numbers"
         raise Refusal(f"output.adjust.{field} = {value!r} is not {what}")
     return tuple(map(float, values))
+
+
+def _require_own(i: Input, own: Architecture) -> None:
+    """Refuse a model that is not of the architecture the user describes."""
+    if i.detection.arch == own:
+        return
+    from plymix.archs.own import missing
+
+    lacking = missing(own, i.source.tensors)
+    raise Refusal(
+        f"{i.label} is not {own.short} as {own.name} describes it: it is {i.detection.title}"
+        + (f"; {lacking} is not there" if lacking else "; a rule of [[detect]] does not hold")
+    )
 
 
 def _require_model(i: Input, base: Input) -> None:

@@ -74,6 +74,8 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     union, trim   add keys that the base lacks; drop keys that another model lacks
     repair        "position_ids" resets CLIP's to 0..76, "names" writes canonical key names
     adjust        detail, contrast, brightness, colour; saturation (VAE), cfg (cross-attention)
+    arch          "any": a plain merge by key; a file (.toml) that describes the architecture; or
+                  what such a file says, as a table
     """
 
     from_: str = ""
@@ -85,7 +87,7 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     union: bool = False
     trim: bool = False
     repair: tuple[str, ...] = ()
-    arch: str = ""  # "any": a plain merge by key
+    arch: str | dict[str, Any] = ""
     allow_mixed_prediction: bool = False
     adjust: dict[str, Any] = {}
     title: str = ""
@@ -361,8 +363,9 @@ def _output(found: dict[str, Any], models: Mapping[str, Any], steps: Mapping[str
     for repair in output.repair:
         if repair not in REPAIRS:
             raise unknown("output.repair", repair, REPAIRS)
-    if output.arch not in ("", "any"):
-        raise unknown("output.arch", output.arch, ["any"])
+    said = output.arch
+    if isinstance(said, str) and said not in ("", "any") and not said.lower().endswith(".toml"):
+        raise unknown("output.arch", said, ["any", "FILE.toml"])
     return output
 
 
@@ -397,6 +400,12 @@ def from_metadata(metadata: Mapping[str, str], where: str) -> Recipe:
     if text is None:
         raise Refusal(f"{where} carries no plymix recipe")
     return from_json(text)
+
+
+def with_output(recipe: Recipe, **fields: Any) -> Recipe:
+    """The recipe with fields of its [output] replaced. Raises Refusal."""
+    found = to_dict(recipe)
+    return from_dict({**found, "output": {**found["output"], **fields}})
 
 
 def with_setting(recipe: Recipe, path: str, text: str) -> Recipe:

@@ -12,6 +12,9 @@ To add an architecture, add its file and the golden header of one of its models 
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 from plymix.archs.detection import Detection, detect
 from plymix.archs.model import (
     Architecture,
@@ -26,12 +29,23 @@ from plymix.archs.model import (
 )
 from plymix.archs.predicts import Prediction, prediction
 
+
+def described(file: str | os.PathLike[str]) -> Architecture | None:
+    """The architecture that a user's file describes; None for no file. Raises Refusal."""
+    if not file:
+        return None
+    from plymix.archs import own
+
+    return own.architecture(own.read(Path(file).expanduser()))
+
+
 __all__ = [
     "Architecture",
     "Component",
     "Detection",
     "Place",
     "Prediction",
+    "described",
     "detect",
     "ema_key",
     "is_buffer",

@@ -15,7 +15,7 @@ of any size are recognised; at most one family's rules hold for any model.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import islice
@@ -71,10 +71,14 @@ class Detection:
         )
 
 
-def detect(shapes: Shapes) -> Detection:
-    """What a file with these keys and shapes is. Never raises."""
+def detect(shapes: Shapes, own: Architecture | None = None) -> Detection:
+    """What a file with these keys and shapes is. Never raises.
+
+    `own` is an architecture that a user describes; it is looked for before all others.
+    """
     keys = _Keys(shapes)
-    return _model(keys) or _lora(keys) or _other(keys) or _unknown(keys)
+    found = _model(keys, lambda: (own,)) if own is not None else None
+    return found or _model(keys, families) or _lora(keys) or _other(keys) or _unknown(keys)
 
 
 class _Keys:
@@ -123,9 +127,9 @@ def _fits(shape: tuple[int, ...], want: list[int | str]) -> bool:
     )
 
 
-def _model(keys: _Keys) -> Detection | None:
+def _model(keys: _Keys, known: Callable[[], Iterable[Family]]) -> Detection | None:
     for prefix in (*shared_facts().prefixes, ""):
-        for family in families():
+        for family in known():
             for rule in family.detect:
                 if keys.holds(rule.keys, prefix):
                     return _found(keys, family, prefix, rule)

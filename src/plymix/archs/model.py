@@ -43,7 +43,8 @@ class Component(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `prefixes` begin its keys, the first one in the canonical spelling. `blocks` maps key templates
     (after the prefix; "{i}" is a number; a trailing dot means any key that begins so) to "BLOCK" or
-    "BLOCK PART"; `block` is for all other keys, and without it they are no keys of this component.
+    "BLOCK PART"; the longest that fits wins. `block` is for all other keys, and without it they are
+    no keys of this component.
     """
 
     name: str
@@ -84,7 +85,7 @@ class Architecture(Family, frozen=True, kw_only=True, forbid_unknown_fields=True
     `blocks` are the denoiser's, in order; where models of one architecture differ in depth it holds
     the deepest one's. `lists` says what each accepted length of a list of block weights means,
     `lora_lists` the same for LoRA block weights. `input_conv` is the key whose dimension 1 grows in
-    inpainting and similar variants.
+    inpainting and similar variants; `input_channels` of it are in all of them, and come first.
     """
 
     name: str = ""
@@ -97,6 +98,7 @@ class Architecture(Family, frozen=True, kw_only=True, forbid_unknown_fields=True
     aliases: dict[str, str] = {}
     buffers: tuple[str, ...] = ()
     input_conv: str | None = None
+    input_channels: int = 4
 
     def __hash__(self) -> int:
         return hash(self.name)
@@ -163,7 +165,7 @@ class _Blocks:
         rules: list[str] = []
         self._targets: dict[int, str] = {}  # group number of a rule -> its "BLOCK PART" template
         group = 1
-        for template, target in component.blocks.items():
+        for template, target in _longest_first(component.blocks):
             pattern = re.escape(template).replace(r"\{i\}", "(0|[1-9][0-9]{0,3})")
             rules.append(f"({pattern})" if template.endswith(".") else rf"({pattern})\Z")
             self._targets[group] = target
@@ -202,7 +204,7 @@ class _Table:
         self.components.append((shared.ema, ema.name, _Blocks(ema)))
         self._homes = tuple(prefix for prefix, _, _ in self.components)
         # other spellings of a key's end or start -> the canonical one
-        aliases = arch.aliases.items()
+        aliases = list(_longest_first(arch.aliases))
         self._ends = {old[1:]: new[1:] for old, new in aliases if old.startswith("*")}
         self._starts = {old: new for old, new in aliases if not old.startswith("*")}
         self._prefixes = dict.fromkeys(shared.prefixes[1:], self._home)
@@ -233,6 +235,11 @@ def _replaced_start(key: str, table: dict[str, str]) -> str:
         if key.startswith(old):
             return new + key[len(old) :]
     return key
+
+
+def _longest_first(table: dict[str, str]) -> Iterable[tuple[str, str]]:
+    """The rows of a table in an order that does not depend on how it was written."""
+    return sorted(table.items(), key=lambda row: (-len(row[0]), row[0]))
 
 
 def _block_part(target: str) -> tuple[str, str]:
@@ -273,14 +280,20 @@ class Shared(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def decode(path: Path, type: type[T]) -> T:
-    """A TOML file of this package as `type`; block ranges ("IN00..IN11") are written out."""
+    """A TOML file of this package as `type`; an architecture is called as its file is."""
     raw = msgspec.toml.decode(path.read_bytes())
     if "blocks" in raw:
-        raw["blocks"] = _expanded(raw["blocks"])
-        for lists in ("lists", "lora_lists"):
-            raw[lists] = {n: _expanded(names) for n, names in raw.get(lists, {}).items()}
-        raw["name"] = path.stem
+        raw = expanded({**raw, "name": path.stem})
     return msgspec.convert(raw, type, str_keys=True)
+
+
+def expanded(raw: dict[str, Any]) -> dict[str, Any]:
+    """An architecture's table with its block ranges ("IN00..IN11") written out."""
+    lists = {
+        kind: {n: _expanded(names) for n, names in raw.get(kind, {}).items()}
+        for kind in ("lists", "lora_lists")
+    }
+    return {**raw, "blocks": _expanded(raw.get("blocks", [])), **lists}
 
 
 def _expanded(names: list[str]) -> list[str]:

@@ -34,6 +34,10 @@ def inspect(
     hashes: Annotated[
         bool, option("Compute the file's hashes too (reads all of it).", default=False)
     ] = False,
+    arch: Annotated[
+        str,
+        option("An architecture of your own, to look for first.", default=False, metavar="FILE"),
+    ] = "",
     json: Json = False,
 ) -> None:
     """Show what a model file is and holds.
@@ -46,7 +50,7 @@ def inspect(
 
     if not files:
         raise Refusal("inspect what? name a model file")
-    reports = [report(file, hashes=hashes) for file in files]
+    reports = [report(file, hashes=hashes, arch=arch) for file in files]
     if json:
         documents = [r.to_dict() for r in reports]
         screen.put_json(documents[0] if len(files) == 1 else documents)
@@ -341,12 +345,19 @@ def _method_document(method: Method) -> dict[str, Any]:
 
 
 def archs(
-    name: Annotated[str | None, argument("An architecture.")] = None, /, *, json: Json = False
+    name: Annotated[str | None, argument("An architecture, or a file (.toml) of one.")] = None,
+    /,
+    *,
+    json: Json = False,
 ) -> None:
     """List the architectures, or one's blocks and components."""
     from plymix import archs as known
 
-    chosen = [known.load(n) for n in (known.names() if name is None else (name,))]
+    if name is not None and name.lower().endswith(".toml"):
+        found = known.described(name)
+        chosen = [found] if found else []
+    else:
+        chosen = [known.load(n) for n in (known.names() if name is None else (name,))]
     if json:
         documents = [_arch_document(a) for a in chosen]
         screen.put_json(documents if name is None else documents[0])

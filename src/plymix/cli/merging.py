@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from plymix.cli import screen
 from plymix.cli.options import (
+    Arch,
     DryRun,
     Folders,
     Force,
@@ -40,6 +41,9 @@ EXAMPLES = {
     "explain": "Examples:\n  PROG a.safetensors b.safetensors --alpha GRAD_V\n  PROG recipe.toml",
 }
 
+ALSO_OF_RECIPES = ("strict", "presets", "arch")
+"""Options of a merge of two models that a recipe takes too."""
+
 # --- mbw ----------------------------------------------------------------------------------------
 
 
@@ -67,6 +71,7 @@ def mbw(
         ),
     ] = None,
     presets: Presets = "",
+    arch: Arch = "",
     verbose: Annotated[
         bool, option("Show each block's ratio before merging.", default=False)
     ] = False,
@@ -95,7 +100,7 @@ def mbw(
     path = Path(output or default_name(model_1, model_2))
     api.ready(path, force)
     note_presets(presets)
-    recipe, shares, notes = classic(model_1, model_2, base_alpha, weights, presets)
+    recipe, shares, notes = classic(model_1, model_2, base_alpha, weights, presets, arch)
     with planned(recipe) as plan:
         for text in notes:
             screen.note(text)
@@ -110,7 +115,12 @@ def mbw(
 
 
 def classic(
-    model_1: str, model_2: str, base_alpha: float | None, weights: str | None, presets: str = ""
+    model_1: str,
+    model_2: str,
+    base_alpha: float | None,
+    weights: str | None,
+    presets: str = "",
+    arch: str = "",
 ) -> tuple[Recipe, dict[str, float], tuple[str, ...]]:
     """The recipe of `mbw`, model 1's share in BASE (and VAE) and each block, and notes.
 
@@ -125,7 +135,7 @@ def classic(
     shares = {"BASE": flat}
     notes: tuple[str, ...] = ()
     if weights is not None:
-        found = _resolved(model_1, weights, base, api.own_presets(presets))
+        found = _resolved(model_1, weights, base, api.own_presets(presets), arch)
         if found is not None:
             if found.base is not None:
                 shares = {"BASE": found.base}
@@ -137,28 +147,32 @@ def classic(
                 "blocks": [rest(value) for value in found.blocks.values()],
             }
             shares |= found.blocks
-    return api.two_models(model_1, model_2, alpha=alpha, vae="blend"), shares, notes
+    recipe = api.two_models(model_1, model_2, alpha=alpha, vae="blend", arch=arch)
+    return recipe, shares, notes
 
 
 def _resolved(
-    model: str, text: str, base: float | None, own: Mapping[str, Sequence[float]]
+    model: str, text: str, base: float | None, own: Mapping[str, Sequence[float]], arch: str
 ) -> Resolved | None:
     """The weights for the blocks of `model`; None if it is no model (the plan says so better)."""
-    from plymix import api, pairing
+    from plymix import api, archs, pairing
     from plymix import weights as settings
 
     setting = settings.parse(text, field="--weights", blocks=settings.SD1_BLOCKS, own=own)
+    if arch == "any":
+        raise Refusal("--arch any knows no blocks for --weights; leave one of them out")
     with api.open(model) as source:
-        arch = pairing.pair(source).detection.arch
-    if arch is None:
+        known = pairing.pair(source, own=archs.described(arch)).detection.arch
+    if known is None:
         return None
     if isinstance(setting, float):
         raise Refusal(
-            f"--weights {text} is one number; {arch.short} wants {len(arch.blocks)}, or a preset's"
-            f" name. To merge everything at {text}, say --base_alpha {text} and no --weights"
+            f"--weights {text} is one number; {known.short} wants {len(known.blocks)},"
+            f" or a preset's name. To merge everything at {text}, say --base_alpha {text} and no"
+            " --weights"
         )
     return settings.resolve(
-        setting, arch.blocks, base=base, arch_title=arch.short, field="--weights"
+        setting, known.blocks, base=base, arch_title=known.short, field="--weights"
     )
 
 
@@ -259,11 +273,9 @@ def explain(
         if Path(a).suffix.lower() not in (".toml", ".json"):
             raise Refusal(f"{a}: explain wants two models, or one recipe (.toml or .json)")
         said = [k for k, v in options.__dict__.items() if v != getattr(Merge(), k)]
-        if extra := [
-            f"--{name.replace('_', '-')}" for name in said if name not in ("strict", "presets")
-        ]:
+        if extra := [f"--{name.replace('_', '-')}" for name in said if name not in ALSO_OF_RECIPES]:
             raise Refusal(f"{', '.join(extra)} is for two models; a recipe says it itself")
-        recipe, folders = load(a, set, models, options.presets)
+        recipe, folders = load(a, set, models, options.presets, arch=options.arch)
     else:
         if set:
             raise Refusal("--set is for recipes; for two models say --alpha and the like")

@@ -79,6 +79,16 @@ Presets = Annotated[
 ]
 
 
+Arch = Annotated[
+    str,
+    option(
+        "any: merge key by key, whatever the models are. FILE.toml: an architecture of your own.",
+        default=False,
+        metavar="any|FILE",
+    ),
+]
+
+
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class Merge:
@@ -113,18 +123,14 @@ class Merge:
     ] = "drop"
     union: Annotated[bool, option("Add keys that only B has.", default=False)] = False
     strict: Strict = False
-    arch: Annotated[
-        Literal["any"] | None,
-        option("any: merge key by key, whatever the models are.", default=False),
-    ] = None
+    arch: Arch = ""
     allow_mixed_prediction: Annotated[
         bool, option("Merge an epsilon with a v-prediction model.", default=False)
     ] = False
 
     def recipe_options(self) -> dict[str, Any]:
         """The arguments of `plymix.api.two_models`."""
-        said = {k: v for k, v in self.__dict__.items() if k != "strict"}
-        return {**said, "arch": self.arch or ""}
+        return {k: v for k, v in self.__dict__.items() if k != "strict"}
 
 
 def checked_threads(threads: int) -> int:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from plymix.cli import screen
 from plymix.cli.options import (
+    Arch,
     DryRun,
     Folders,
     Force,
@@ -42,9 +43,16 @@ EXAMPLES = {
 
 
 def load(
-    file: str, settings: Sequence[str], folders: Sequence[str], presets: str = ""
+    file: str,
+    settings: Sequence[str],
+    folders: Sequence[str],
+    presets: str = "",
+    **output: str,
 ) -> tuple[Recipe, list[str]]:
-    """A recipe file with `--set` and `--presets` applied, and where its models are looked for."""
+    """A recipe file with the options said beside it, and where its models are looked for.
+
+    `output` are fields of its [output]; those that say nothing leave the recipe's.
+    """
     from plymix import api
     from plymix import recipe as recipes
 
@@ -57,6 +65,8 @@ def load(
         if not equals or not at:
             raise Refusal(f"--set {setting}: write PATH=VALUE, as in steps.mix.alpha=0.3")
         found = recipes.with_setting(found, at.strip(), value.strip())
+    if any(output.values()):
+        found = recipes.with_output(found, **{k: v for k, v in output.items() if v})
     note_presets(presets)
     found = api.with_own_presets(found, api.own_presets(presets))
     return found, [*folders, str(path.parent)]
@@ -86,6 +96,7 @@ def run(
     output: Output = "",
     set: Settings = (),
     presets: Presets = "",
+    arch: Arch = "",
     models: Folders = (),
     strict: Strict = False,
     force: Force = False,
@@ -101,7 +112,7 @@ def run(
     """
     from plymix import api
 
-    found, folders = load(recipe, set, models, presets)
+    found, folders = load(recipe, set, models, presets, arch=arch)
     if output or not dry_run:
         path = api.output_path(found, output)
         api.ready(path, force)
