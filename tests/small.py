@@ -3,6 +3,8 @@
 Nothing here uses plymix but `merged`: values, bytes and files come from `tiny`.
 """
 
+from dataclasses import replace
+
 import numpy as np
 
 import plymix
@@ -100,7 +102,7 @@ def result_bytes(found, **options):
         target = engine.MemoryTarget(planned.nbytes)
         placed, at = [], 0
         for tensor in planned.tensors:
-            placed.append(engine.replace(tensor, offset=at))
+            placed.append(replace(tensor, offset=at))
             at += tensor.nbytes
         engine.perform(engine.Job(planned.sources, target), placed, **options)
         return {t.name: bytes(target.data[t.offset : t.offset + t.nbytes]) for t in placed}

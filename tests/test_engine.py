@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 import plymix
 from plymix import engine, kernels, plan
+from plymix.engine import work, worker
+from plymix.engine.files import AtomicFile, Buffers, steps
 from plymix.errors import Cancelled, Failure
 from plymix.expr import Leaf, Sum, Tensor
 from plymix.formats import Handle, TensorInfo
@@ -74,11 +76,11 @@ def test_items_cover_every_byte_once(rows, span):
         expr = leaf(at, n) if copied else Sum(((0.5, leaf(at, n)), (0.5, leaf(at, n, 1))))
         tensors.append(tensor(expr, at, n))
         at += 2 * n
-    before, engine.SPAN = engine.SPAN, 2 * span
+    before, work.SPAN = work.SPAN, 2 * span
     try:
         found = engine.items(tensors)
     finally:
-        engine.SPAN = before
+        work.SPAN = before
     covered = []
     for item in found:
         start = item.at
@@ -125,8 +127,8 @@ def test_methods_that_are_not_linear_are_the_function(tmp_path, monkeypatch, met
 
     if method not in methods():
         pytest.skip(f"no {method}")
-    monkeypatch.setattr(engine, "CHUNK", 100)
-    monkeypatch.setattr(engine, "SPAN", 4000)
+    monkeypatch.setattr(worker, "CHUNK", 100)
+    monkeypatch.setattr(work, "SPAN", 4000)
     found = methods()[method]
     a, b = (draw("F32", (37, 41), i) for i in (1, 2))
     files = {n: str(save(tmp_path / f"{n}.safetensors", {"x": t})) for n, t in (("a", a), ("b", b))}
@@ -230,7 +232,7 @@ def test_a_handle_reads_at_positions_from_many_threads(tmp_path, monkeypatch, mi
 def test_a_target_writes_and_reads_back(tmp_path, monkeypatch, missing):
     for name in missing:
         monkeypatch.delattr(os, name)
-    with engine.AtomicFile(tmp_path / "f", 100) as target:
+    with AtomicFile(tmp_path / "f", 100) as target:
         target.write_at(50, b"b" * 50)
         target.write_at(0, memoryview(b"a" * 50))
         out = bytearray(10)
@@ -241,8 +243,38 @@ def test_a_target_writes_and_reads_back(tmp_path, monkeypatch, missing):
     assert list(tmp_path.iterdir()) == []  # not committed
 
 
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="no direct writes on this system")
+def test_large_files_go_to_the_disk_directly(tmp_path):
+    """And what is read back soon does not."""
+    at = 12_345
+    with AtomicFile(tmp_path / "f", 64 << 20) as target:
+        if not target.waits:
+            pytest.skip("this file system has no direct writes")
+        row = np.frombuffer(Buffers()(0, 1 << 20, at), np.uint8)
+        row[:] = np.arange(1 << 20) % 251
+        target.write_at(at, row)
+        assert target.cached < 2 * 4096  # only the ends
+        out = bytearray(1 << 20)
+        target.read_at(at, out)
+        assert out == row.tobytes()
+    with AtomicFile(tmp_path / "f", 64 << 20, read_back=True) as target:
+        assert not target.waits
+    with AtomicFile(tmp_path / "f", 1 << 20) as target:
+        assert not target.waits
+
+
+@given(st.integers(0, 20_000), st.integers(0, 60_000), st.integers(1, 20_000))
+def test_steps_end_where_pages_do(at, nbytes, most):
+    found = list(steps(at, nbytes, most))
+    ends = [start + n for start, n in found]
+    assert [start for start, _ in found] == [0, *ends][: len(found)]
+    assert ends[-1:] == [nbytes][: len(found)]
+    assert all((at + end) % 4096 == 0 for end in ends[:-1])
+    assert all(0 < n <= max(most, 8192) for _, n in found)
+
+
 def test_an_atomic_file_that_is_committed(tmp_path):
-    file = engine.AtomicFile(tmp_path / "f", 3)
+    file = AtomicFile(tmp_path / "f", 3)
     with file as target:
         target.write_at(0, b"abc")
         file.commit()

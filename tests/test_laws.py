@@ -22,8 +22,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import plymix
-from plymix import engine, kernels, plan
+from plymix import kernels, plan
 from plymix import recipe as recipes
+from plymix.engine import files, work, worker
 from plymix.errors import Cancelled, Failure, Refusal
 from small import coded, data, deviation, draw, exact, load, merged, recipe, result_bytes, save
 from tiny import golden, header, read_safetensors, state, write, write_safetensors
@@ -241,8 +242,8 @@ class TestPurity:
         ("span", "chunk", "block"), [(4096, 512, 64), (1 << 20, 1000, 999), (65536, 1 << 17, 4096)]
     )
     def test_sizes_of_pieces(self, sd, tmp_path, monkeypatch, expected, span, chunk, block):
-        monkeypatch.setattr(engine, "SPAN", span)
-        monkeypatch.setattr(engine, "CHUNK", chunk)
+        monkeypatch.setattr(work, "SPAN", span)
+        monkeypatch.setattr(worker, "CHUNK", chunk)
         monkeypatch.setattr(kernels, "BLOCK", block)
         self.same(sd, tmp_path, expected, threads=2)
 
@@ -271,6 +272,41 @@ class TestPurity:
     def test_systems_that_lack_calls(self, sd, tmp_path, monkeypatch, expected, missing):
         hidden(monkeypatch, *missing)
         self.same(sd, tmp_path, expected, threads=3)
+
+    @pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="no direct writes on this system")
+    @pytest.mark.parametrize("wish", ["taken", "refused", "short", "not offered"])
+    def test_direct_writes(self, sd, tmp_path, monkeypatch, expected, wish):
+        """Past the system's cache or by way of it; a disk that wants other pieces; short writes."""
+        monkeypatch.setattr(files, "DIRECT", 0)
+        monkeypatch.setattr(files, "DIRECT_LEAST", files.PAGE)
+        monkeypatch.setattr(worker, "ROOM", 1 << 14)
+        monkeypatch.setattr(kernels, "BLOCK", 1024)
+        open_file, pwrite, direct, written = os.open, os.pwrite, set(), []
+
+        def opening(path, flags, *rest):
+            if not flags & os.O_DIRECT:
+                return open_file(path, flags, *rest)
+            if wish == "not offered":
+                raise OSError(errno.EINVAL, "Invalid argument")
+            fd = open_file(path, flags & ~os.O_DIRECT, *rest)  # so that every file system has it
+            direct.add(fd)
+            return fd
+
+        def writing(fd, data, offset):
+            if fd in direct:
+                address = np.frombuffer(data, np.uint8).ctypes.data
+                if wish == "refused" or {offset % 4096, len(data) % 4096, address % 4096} != {0}:
+                    raise OSError(errno.EINVAL, "Invalid argument")
+                data = data[: 1000 if wish == "short" else None]
+                written.append(len(data))
+            return pwrite(fd, data, offset)
+
+        monkeypatch.setattr(os, "open", opening)
+        monkeypatch.setattr(os, "pwrite", writing)
+        self.same(sd, tmp_path, expected, threads=2)
+        if wish == "taken":
+            assert sum(written) > len(expected) // 2
+        assert bool(direct) == (wish != "not offered")
 
     @pytest.mark.parametrize("code", [errno.EXDEV, errno.ENOSYS, errno.EINVAL])
     def test_file_systems_that_refuse_to_copy(self, sd, tmp_path, monkeypatch, expected, code):

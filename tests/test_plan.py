@@ -1,6 +1,7 @@
 """Plans: every key accounted for, every refusal, folding, parts and channels."""
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -61,7 +62,7 @@ def contents(planned):
         target = engine.MemoryTarget(planned.nbytes)
         placed, at = [], 0
         for tensor in planned.tensors:
-            placed.append(engine.replace(tensor, offset=at))
+            placed.append(replace(tensor, offset=at))
             at += tensor.nbytes
         engine.perform(engine.Job(planned.sources, target), placed)
         return {t.name: bytes(target.data[t.offset : t.offset + t.nbytes]) for t in placed}

@@ -174,6 +174,8 @@ def _compare(
 class _Comparison:
     """An engine target that compares with a file instead of writing one."""
 
+    waits = False
+
     def __init__(self, handle: Handle) -> None:
         self._handle = handle
         self._lock = threading.Lock()

@@ -135,13 +135,13 @@ def test_only_what_is_needed_is_imported(
 
 SLOW = """
 import sys, time
-from plymix import engine
 from plymix.cli import main
-work = engine.Worker.run
+from plymix.engine.worker import Worker
+work = Worker.run
 def slow(self, item):
     time.sleep(0.2)
     work(self, item)
-engine.Worker.run = slow
+Worker.run = slow
 sys.exit(main())
 """
 

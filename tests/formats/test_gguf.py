@@ -3,6 +3,7 @@
 import contextlib
 import struct
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -688,7 +689,7 @@ def test_the_engine_packs_what_it_only_copies(tmp_path):
     with plan.build(recipe(files, 0.0)) as planned:
         entries = [Entry("w", "F32", x.shape), Entry("b", "F32", (64,))]
         layout = gguf.layout(gguf.packed(entries), {})
-        placed = [engine.replace(t, offset=layout.offsets[t.name]) for t in planned.tensors]
+        placed = [replace(t, offset=layout.offsets[t.name]) for t in planned.tensors]
         assert len(engine.items(placed)) == 2
         engine.write(placed, planned.sources, layout, tmp_path / "m.gguf")
     assert (tmp_path / "m.gguf").stat().st_size == layout.size
@@ -713,7 +714,7 @@ def test_the_engine_writes_packed_tensors(tmp_path):
             layout = gguf.layout(
                 gguf.packed([Entry(t.name, t.dtype, t.shape) for t in planned.tensors]), {}
             )
-            placed = [engine.replace(t, offset=layout.offsets[t.name]) for t in planned.tensors]
+            placed = [replace(t, offset=layout.offsets[t.name]) for t in planned.tensors]
             out = tmp_path / f"q{threads}.gguf"
             engine.write(placed, planned.sources, layout, out, threads=threads)
         made.append(out.read_bytes())

@@ -93,6 +93,8 @@ def unpack(handle: Readable, span: Span, first: int, count: int) -> Any:
 class Encoding:
     """A target of the engine that packs what is written at the virtual offsets of `spans`."""
 
+    waits = False
+
     def __init__(self, target: Any, spans: Sequence[Span]) -> None:
         self._target = target
         self._first = spans[0].start

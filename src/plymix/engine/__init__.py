@@ -1,0 +1,323 @@
+"""Plan -> file: read, compute, cast, write, in any number of threads, in bounded memory.
+
+The plan is cut into work items (`work`). An item owns a range of the output, so threads never meet
+and the bytes do not depend on who does what, or when. Copies are moved here; what has to be
+computed goes to a `worker`, which is imported with all its arithmetic when there is such work,
+while other threads copy. `files` says where the bytes go.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from plymix.engine.files import (
+    AtomicFile,
+    Buffers,
+    FileTarget,
+    MemoryTarget,
+    Target,
+    flushing,
+    steps,
+)
+from plymix.engine.work import SPAN, ChunkItem, CopyItem, Item, SumItem, WholeItem, items
+from plymix.errors import Cancelled
+from plymix.expr import Tensor, calls
+from plymix.formats.base import Layout, Piece, Source
+from plymix.plan import available_cpus
+
+if TYPE_CHECKING:
+    from plymix.engine.worker import Worker
+
+__all__ = [
+    "ChunkItem",
+    "CopyItem",
+    "FileTarget",
+    "Job",
+    "MemoryTarget",
+    "Progress",
+    "ProgressCallback",
+    "SumItem",
+    "WholeItem",
+    "Written",
+    "items",
+    "patched",
+    "perform",
+    "write",
+]
+
+COPIED = 1 << 20
+"""Bytes read and written at a time where nothing is computed."""
+
+WAITING = 2
+"""Threads more than processors where each waits for the disk to take what it wrote."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a merge is. `phase` is a word for people: "merging", "hashing" ..."""
+
+    phase: str
+    done: int
+    total: int
+    seconds: float
+
+
+ProgressCallback = Callable[[Progress], object]
+"""Called a few times a second from the calling thread. Returning False stops the merge cleanly."""
+
+
+@dataclass
+class Job:
+    """What the workers share: inputs, target, `prepare` states, progress, the wish to stop."""
+
+    sources: Sequence[Source]
+    target: Target
+    state: dict[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
+    spoilt: list[tuple[int, int]] = field(default_factory=list)  # ranges with infinities or NaN
+    done: int = 0
+    stop: bool = False
+    error: BaseException | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, nbytes: int) -> None:
+        with self.lock:
+            self.done += nbytes
+        if self.stop:
+            raise Cancelled("stopped; nothing was written")
+
+
+def perform(
+    job: Job,
+    tensors: Sequence[Tensor],
+    *,
+    threads: int = 0,
+    progress: ProgressCallback | None = None,
+) -> None:
+    """Write every one of `tensors` to the job's target. Raises Cancelled or Failure."""
+    work = items(tensors)
+    total = sum(item.nbytes for item in work)
+    began = time.monotonic()
+    if any(True for tensor in tensors for _ in calls(tensor.expr)):
+        from plymix.engine.worker import prepare
+
+        prepare(job, tensors)
+    position = iter(_scheduled(work))
+
+    def loop() -> None:
+        buffers = Buffers()
+        worker: Worker | None = None
+        try:
+            while not job.stop:
+                with job.lock:
+                    item = next(position, None)
+                if item is None:
+                    return
+                if isinstance(item, CopyItem):
+                    _copy(job, item, buffers)
+                    continue
+                if worker is None:
+                    from plymix.engine.worker import Worker
+
+                    worker = Worker(job, buffers)
+                worker.run(item)
+        except BaseException as e:
+            with job.lock:
+                job.error = job.error or e
+                job.stop = True
+
+    count = threads or available_cpus()
+    if not threads and job.target.waits and all(isinstance(w, (CopyItem, SumItem)) for w in work):
+        count += WAITING
+    count = min(count, max(1, len(work)))
+    pool = [threading.Thread(target=loop, daemon=True) for _ in range(count)]
+    for thread in pool:
+        thread.start()
+    try:
+        working = pool
+        while working:
+            working = [thread for thread in pool if thread.is_alive()]
+            now = Progress("merging", job.done, total, time.monotonic() - began)
+            if progress is not None and not job.stop and progress(now) is False:
+                job.stop = True
+            for thread in working[:1]:
+                thread.join(0.1)
+    except BaseException as e:  # Ctrl-C, or the callback's own error
+        job.error = job.error or e
+    finally:
+        if job.error is not None:
+            job.stop = True
+        for thread in pool:
+            thread.join()
+    if job.error is not None:
+        raise job.error
+    if job.stop:
+        raise Cancelled("stopped; nothing was written")
+
+
+def _scheduled(work: Sequence[Item]) -> Iterator[Item]:
+    """What is computed, after the copies but for its first item.
+
+    The thread that gets that one imports the arithmetic; the others have something to do meanwhile.
+    """
+    computed = [item for item in work if not isinstance(item, CopyItem)]
+    yield from computed[:1]
+    yield from (item for item in work if isinstance(item, CopyItem))
+    yield from computed[1:]
+
+
+def _copy(job: Job, item: CopyItem, buffers: Buffers) -> None:
+    handle = job.sources[item.source].handles[item.file]
+    moved = 0
+    while moved < item.nbytes:
+        n = job.target.copy_from(handle, item.offset + moved, item.at + moved, item.nbytes - moved)
+        if not n:
+            break
+        moved += n
+        job.add(n)
+    for start, n in steps(item.at + moved, item.nbytes - moved, COPIED):
+        at = item.at + moved + start
+        buffer = buffers(0, n, at)
+        handle.read_at(item.offset + moved + start, buffer)
+        job.target.write_at(at, buffer)
+        job.add(n)
+
+
+@dataclass(frozen=True)
+class Written:
+    """A finished file."""
+
+    path: Path
+    nbytes: int
+    seconds: float
+    nonfinite: Mapping[str, int] = field(default_factory=dict)  # tensor -> infinities and NaN
+
+
+def write(
+    tensors: Sequence[Tensor],
+    sources: Sequence[Source],
+    layout: Layout,
+    path: Path,
+    *,
+    threads: int = 0,
+    device: str = "cpu",
+    late: Mapping[str, Callable[[Callable[[], bool]], str]] | None = None,
+    progress: ProgressCallback | None = None,
+) -> Written:
+    """Write a whole file: tensors, then the pieces around them, then its name.
+
+    `late` gives, for each place-holder in the layout's pieces, a function that computes its value
+    (of the same length); they run beside the merge. Raises Failure or Cancelled; then nothing is
+    left behind and a file that had the name before is as it was.
+    """
+    began = time.monotonic()
+    file = AtomicFile(path, layout.size, read_back=layout.finish is not None)
+    with file as target:
+        within: Target = target if layout.through is None else layout.through(target)
+        job = Job(sources, within, device=device)
+        values = _Late(late or {}, lambda: job.stop)
+        try:
+            with flushing(target):
+                perform(job, tensors, threads=threads, progress=progress)
+            found = values.wait(progress, began)
+        except BaseException:
+            job.stop = True
+            values.join()
+            raise
+        for at, piece in patched(layout.pieces, found):
+            target.write_at(at, piece)
+        if layout.finish is not None:
+            for at, piece in layout.finish(target.read_at):
+                target.write_at(at, piece)
+        for source in sources:
+            if _same_file(source, path):
+                source.close()  # an open file cannot be replaced on Windows
+        nonfinite = _nonfinite(job, tensors)
+        file.commit()
+    return Written(path, layout.size, time.monotonic() - began, nonfinite)
+
+
+def _nonfinite(job: Job, tensors: Sequence[Tensor]) -> dict[str, int]:
+    """How many infinities and NaN each computed tensor holds, where there are any."""
+    found: dict[str, int] = {}
+    if not job.spoilt:
+        return found
+    from plymix import kernels
+
+    for tensor in tensors:
+        end = tensor.offset + tensor.nbytes
+        if any(a < end and tensor.offset < b for a, b in job.spoilt):
+            count = 0
+            for at in range(tensor.offset, end, SPAN):
+                data = bytearray(min(SPAN, end - at))
+                job.target.read_at(at, data)
+                count += kernels.nonfinite(data, tensor.dtype)
+            if count:
+                found[tensor.name] = count
+    return found
+
+
+def patched(pieces: Sequence[Piece], values: Mapping[str, str]) -> Iterator[Piece]:
+    """`pieces` with every place-holder replaced by its value, which has the same length."""
+    for at, piece in pieces:
+        for placeholder, value in values.items():
+            piece = piece.replace(placeholder.encode(), value.encode())
+        yield at, piece
+
+
+def _same_file(source: Source, path: Path) -> bool:
+    return path.exists() and any(os.path.samefile(h.path, path) for h in source.handles)
+
+
+class _Late:
+    """Values computed by two threads of their own while the merge runs."""
+
+    def __init__(
+        self,
+        late: Mapping[str, Callable[[Callable[[], bool]], str]],
+        stopped: Callable[[], bool],
+    ) -> None:
+        self.found: dict[str, str] = {}
+        self.error: BaseException | None = None
+        self._stopped = stopped
+        self._total = len(late)
+        work = iter(late.items())
+        lock = threading.Lock()
+
+        def loop() -> None:
+            try:
+                while True:
+                    with lock:
+                        entry = next(work, None)
+                    if entry is None:
+                        return
+                    self.found[entry[0]] = entry[1](self._stopped)
+            except BaseException as e:
+                self.error = e
+
+        self._threads = [
+            threading.Thread(target=loop, daemon=True) for _ in range(min(2, len(late)))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def wait(self, progress: ProgressCallback | None, began: float) -> dict[str, str]:
+        while alive := [t for t in self._threads if t.is_alive()]:
+            alive[0].join(0.1)
+            seconds = time.monotonic() - began
+            now = Progress("hashing the inputs", len(self.found), self._total, seconds)
+            if progress is not None and progress(now) is False:
+                raise Cancelled("stopped; nothing was written")
+        if self.error is not None:
+            raise self.error
+        return self.found
+
+    def join(self) -> None:
+        for thread in self._threads:
+            thread.join()

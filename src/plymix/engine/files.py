@@ -1,0 +1,309 @@
+"""Where the bytes of a result go: memory, or a file that gets its name when it is finished."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from plymix import temporary
+from plymix.errors import Failure, PlymixError
+from plymix.formats.base import Handle
+
+DIRECT = 64 << 20
+"""Files of so many bytes go to the disk past the system's cache, where the system can."""
+
+PAGE = 4096
+"""What direct writes are aligned to, in the file and in memory."""
+
+DIRECT_LEAST = 1 << 16
+"""Bytes that are worth a direct write."""
+
+FLUSHED = 32 << 20
+"""Bytes in the system's cache that are worth having the disk take."""
+
+
+class Target(Protocol):
+    """Somewhere the output's bytes can be put at any offset."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether a write takes until the disk has it; such want to begin where pages do."""
+        ...
+
+    def write_at(self, offset: int, data: Any) -> None: ...
+
+    def read_at(self, offset: int, out: Any) -> None: ...
+
+    def copy_from(self, handle: Any, offset: int, at: int, nbytes: int) -> int:
+        """Move bytes without touching them; returns how many were moved (0: not possible)."""
+        ...
+
+
+class MemoryTarget:
+    """The finished file's bytes in memory."""
+
+    waits = False
+
+    def __init__(self, size: int) -> None:
+        self.data = bytearray(size)
+
+    def write_at(self, offset: int, data: Any) -> None:
+        view = memoryview(data).cast("B")
+        self.data[offset : offset + len(view)] = view
+
+    def read_at(self, offset: int, out: Any) -> None:
+        view = memoryview(out).cast("B")
+        view[:] = self.data[offset : offset + len(view)]
+
+    def copy_from(self, handle: Any, offset: int, at: int, nbytes: int) -> int:
+        handle.read_at(offset, memoryview(self.data)[at : at + nbytes])
+        return nbytes
+
+
+class FileTarget:
+    """An open file written at positions: `pwrite` where the system has it, seek elsewhere.
+
+    `direct` is the same file opened for writes that go straight to the disk, or -1. They cost a
+    fraction of the time: no copy into the system's cache, and nothing left to wait for at the end.
+    """
+
+    def __init__(self, fd: int, direct: int = -1) -> None:
+        self.fd = fd
+        self.direct = direct
+        self.cached = 0  # bytes written by way of the system's cache, about
+        self._lock = threading.Lock()
+        self._can_copy = hasattr(os, "copy_file_range") and direct < 0
+
+    @property
+    def waits(self) -> bool:
+        return self.direct >= 0
+
+    def write_at(self, offset: int, data: Any) -> None:
+        view = memoryview(data).cast("B")
+        if self.direct >= 0 and len(view) >= DIRECT_LEAST:
+            head = -offset % PAGE
+            whole = (len(view) - head) // PAGE * PAGE
+            done = head + self._write_direct(offset + head, view[head : head + whole])
+            self._write(offset, view[:head])
+            self._write(offset + done, view[done:])
+        else:
+            self._write(offset, view)
+
+    def _write_direct(self, offset: int, view: memoryview) -> int:
+        """How much of `view` went to the disk; 0 where the system wants it aligned otherwise."""
+        try:
+            return os.pwrite(self.direct, view, offset)
+        except OSError as e:
+            if e.errno != errno.EINVAL:
+                raise
+            return 0
+
+    def _write(self, offset: int, view: memoryview) -> None:
+        self.cached += len(view)
+        positioned = hasattr(os, "pwrite")
+        while len(view):
+            if positioned:
+                n = os.pwrite(self.fd, view, offset)
+            else:
+                with self._lock:
+                    os.lseek(self.fd, offset, os.SEEK_SET)
+                    n = os.write(self.fd, view)
+            offset += n
+            view = view[n:]
+
+    def read_at(self, offset: int, out: Any) -> None:
+        view = memoryview(out).cast("B")
+        while len(view):
+            with self._lock:
+                os.lseek(self.fd, offset, os.SEEK_SET)
+                data = os.read(self.fd, len(view))
+            if not data:
+                raise Failure("the file being written became shorter meanwhile")
+            view[: len(data)] = data
+            offset += len(data)
+            view = view[len(data) :]
+
+    def copy_from(self, handle: Any, offset: int, at: int, nbytes: int) -> int:
+        if not self._can_copy or not isinstance(handle, Handle):
+            return 0
+        try:
+            n = os.copy_file_range(handle.fd, self.fd, nbytes, offset, at)
+            self.cached += n
+            return n
+        except OSError as e:
+            if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG):
+                raise
+            self._can_copy = False  # another file system, an old kernel: read and write instead
+            return 0
+
+
+class Buffers:
+    """One thread's scratch memory, used again: fresh memory costs more than the arithmetic."""
+
+    def __init__(self) -> None:
+        self._rows: list[mmap.mmap] = []
+
+    def __call__(self, i: int, nbytes: int, at: int = 0) -> memoryview:
+        """Scratch number `i`, which lies in its page of memory as offset `at` does in the file's.
+
+        That is what direct writes need of what is written at `at`.
+        """
+        start = at % PAGE
+        while len(self._rows) <= i:
+            self._rows.append(_pages(PAGE))
+        if len(self._rows[i]) < start + nbytes:
+            self._rows[i] = _pages(nbytes + PAGE)
+        return memoryview(self._rows[i])[start : start + nbytes]
+
+
+def _pages(nbytes: int) -> mmap.mmap:
+    if hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return mmap.mmap(-1, nbytes)
+
+
+def steps(at: int, nbytes: int, most: int) -> Iterator[tuple[int, int]]:
+    """(start, length) of pieces of `nbytes` at `at` that end where the file's pages do."""
+    start, most = 0, max(most // PAGE, 2) * PAGE
+    while start < nbytes:
+        n = min(most - (at + start) % PAGE, nbytes - start)
+        yield start, n
+        start += n
+
+
+@contextmanager
+def flushing(target: FileTarget) -> Iterator[None]:
+    """Have the disk write along: the fsync at the end then finds little left to do."""
+    done = threading.Event()
+
+    def loop() -> None:
+        flushed = 0
+        while not done.wait(0.05):
+            if target.cached - flushed < FLUSHED:
+                continue
+            flushed = target.cached
+            try:
+                os.fdatasync(target.fd)
+            except OSError:
+                return  # the fsync at the end meets the same error and tells it
+
+    thread = threading.Thread(target=loop, daemon=True)
+    if hasattr(os, "fdatasync"):
+        thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        if thread.ident is not None:
+            thread.join()
+
+
+class AtomicFile:
+    """A file that gets its name when it is finished: temporary name, fsync, rename.
+
+    Use it as a context manager; `commit()` makes it real. Without it nothing is left behind. What
+    killed runs left behind in the folder is removed.
+
+    Files that are `read_back` are left in the system's cache.
+    """
+
+    def __init__(self, path: Path, size: int, *, read_back: bool = False) -> None:
+        self.path = path
+        self.size = size
+        self.replaces = path.exists()
+        self.read_back = read_back
+        self.direct = -1
+
+    def __enter__(self) -> FileTarget:
+        temporary.sweep(self.path.parent)
+        try:
+            self.fd, self.temporary = temporary.create(self.path)
+        except OSError as e:
+            raise Failure(f"cannot write in {self.path.parent}: {e.strerror}") from None
+        try:
+            self._reserve()
+            if self.size >= DIRECT and not self.read_back and hasattr(os, "pwrite"):
+                with suppress(OSError, AttributeError):  # a file system, a system that cannot
+                    self.direct = os.open(self.temporary, os.O_WRONLY | os.O_DIRECT)
+        except BaseException:
+            self._discard()
+            raise
+        return FileTarget(self.fd, self.direct)
+
+    def _reserve(self) -> None:
+        """Have the disk promise the whole size now, not fail at 90 %."""
+        try:
+            if hasattr(os, "posix_fallocate") and self.size:
+                os.posix_fallocate(self.fd, 0, self.size)
+            else:
+                os.truncate(self.fd, self.size)
+        except OSError as e:
+            if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise self.full(e) from None
+            os.truncate(self.fd, self.size)  # a file system that cannot promise
+
+    def full(self, e: OSError) -> Failure:
+        import shutil
+
+        free = shutil.disk_usage(self.path.parent).free
+        return Failure(
+            f"no room for {self.path.name}: it needs {self.size:,} bytes and"
+            f" {self.path.parent} has about {free:,} free ({e.strerror}); nothing was written"
+        )
+
+    def commit(self) -> None:
+        os.fsync(self.fd)
+        if os.name == "nt":  # an open file cannot be renamed there
+            self._close()
+        self._name()
+        self._close()  # last: its lock says that it has an owner
+        if hasattr(os, "O_DIRECTORY"):
+            folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(folder)
+            except OSError:
+                pass  # some network file systems refuse; the rename is done all the same
+            finally:
+                os.close(folder)
+
+    def _name(self) -> None:
+        """Give the file its name; one that appeared since the start is not overwritten."""
+        if not self.replaces:
+            try:
+                os.link(self.temporary, self.path)
+            except FileExistsError:
+                self.temporary.unlink()
+                raise Failure(
+                    f"{self.path} appeared while this was computed and was left as it is;"
+                    " say --force to replace it"
+                ) from None
+            except OSError:
+                pass  # a file system without hard links
+            else:
+                self.temporary.unlink()
+                return
+        os.replace(self.temporary, self.path)
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if self.fd >= 0:
+            self._discard()
+        if isinstance(error, OSError) and not isinstance(error, PlymixError):
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise self.full(error) from None
+            raise Failure(f"writing {self.path.name} failed: {error.strerror}") from None
+
+    def _close(self) -> None:
+        for fd in (self.fd, self.direct):
+            if fd >= 0:
+                os.close(fd)
+        self.fd = self.direct = -1
+
+    def _discard(self) -> None:
+        self._close()
+        self.temporary.unlink(missing_ok=True)

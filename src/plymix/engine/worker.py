@@ -1,0 +1,324 @@
+"""The arithmetic of one thread: read, compute, cast, in buffers that are used again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from plymix import kernels
+from plymix.engine.files import Buffers, steps
+from plymix.engine.work import ChunkItem, SumItem, WholeItem
+from plymix.expr import (
+    Call,
+    Const,
+    Expr,
+    Leaf,
+    Narrow,
+    Patch,
+    Spelt,
+    Sum,
+    Tensor,
+    calls,
+    leaf_terms,
+    leaves,
+    positional,
+)
+from plymix.formats.base import BITS
+from plymix.methods.arrays import Pool, empty
+from plymix.registry import get_method
+
+if TYPE_CHECKING:
+    from plymix.engine import Job
+
+CHUNK = 1 << 17
+"""Elements read, computed and written at a time where the arithmetic is in float32."""
+
+WRITTEN = 1 << 18
+"""Elements of a whole tensor cast and written at a time: what the file takes is still in cache."""
+
+ROOM = 2 << 20
+"""Bytes of all buffers together that a sum is computed in; they stay in the processor's cache."""
+
+
+class Worker:
+    """One thread's buffers and its way through what has to be computed."""
+
+    def __init__(self, job: Job, buffers: Buffers) -> None:
+        self.job = job
+        self.buffers = buffers
+        self._pool = Pool()
+        self._sums: dict[Any, kernels.Sum] = {}
+
+    def run(self, item: SumItem | ChunkItem | WholeItem) -> None:
+        match item:
+            case SumItem() if self.job.device == "cpu":
+                self._sum(item)
+            case SumItem():
+                self._sum_on_device(item)
+            case ChunkItem():
+                self._chunk(item)
+            case WholeItem():
+                tensor = item.tensor
+                match tensor.expr:
+                    case Const(known):
+                        self.job.target.write_at(tensor.offset, known)
+                    case Leaf(source, info) if info.dtype == tensor.dtype:  # gathered
+                        data = self.job.sources[source].read(info)
+                        self.job.target.write_at(tensor.offset, data)
+                    case expr if terms := leaf_terms(expr):
+                        data = self._sum_gathered(tensor, terms)
+                        self._put(tensor.offset, data, tensor.dtype)
+                    case expr:
+                        self._store(tensor, 0, self.evaluate(expr))
+                self.job.add(tensor.nbytes)
+
+    def _total(self, terms: tuple[tuple[float, str], ...], dtype: str) -> kernels.Sum:
+        key = (terms, dtype)
+        if key not in self._sums:
+            self._sums.clear()  # spans with equal coefficients come one after the other
+            self._sums[key] = kernels.Sum(*key)
+        return self._sums[key]
+
+    def _sum(self, item: SumItem) -> None:
+        total = self._total(tuple((o.c, o.dtype) for o in item.operands), item.dtype)
+        size = BITS[item.dtype] // 8
+        fits = ROOM // (size + sum(o.size for o in item.operands))
+        chunk = max(kernels.BLOCK, fits - fits % kernels.BLOCK)
+        at = item.at if self.job.target.waits and item.at % size == 0 else 0
+        for start, nbytes in steps(at, item.nbytes, chunk * size):
+            first, n = start // size, nbytes // size
+            inputs = []
+            for i, o in enumerate(item.operands):
+                buffer = self.buffers(i + 1, n * o.size)
+                source = self.job.sources[o.source]
+                source.read_at(o.file, o.offset + first * o.size, buffer)
+                inputs.append(buffer)
+            out = self.buffers(0, nbytes, item.at + start)
+            _add(total, n, inputs, out)
+            self._put(item.at + start, out, item.dtype)
+            self.job.add(nbytes)
+
+    def _sum_on_device(self, item: SumItem) -> None:
+        """The same sum in float64 by torch; inputs and result cross the bus in their own dtype."""
+        from plymix import gpu
+
+        inputs = []
+        for i, o in enumerate(item.operands):
+            buffer = self.buffers(i + 1, item.numel * o.size)
+            self.job.sources[o.source].read_at(o.file, o.offset, buffer)
+            inputs.append((o.c, o.dtype, buffer))
+        out = gpu.linear_sum(inputs, item.dtype, self.job.device)
+        self._put(item.at, out, item.dtype)
+        self.job.add(item.nbytes)
+
+    def _sum_gathered(self, tensor: Tensor, terms: Sequence[tuple[float, Leaf]]) -> Any:
+        """The sum of tensors that do not lie in order; the bytes are those of a sum in order."""
+        inputs = [memoryview(self.job.sources[x.source].read(x.info)) for _, x in terms]
+        kinds = tuple((c, x.info.dtype) for c, x in terms)
+        if self.job.device != "cpu":
+            from plymix import gpu
+
+            given = [(*kind, data) for kind, data in zip(kinds, inputs, strict=True)]
+            return gpu.linear_sum(given, tensor.dtype, self.job.device)
+        out = memoryview(bytearray(tensor.nbytes))
+        _add(self._total(kinds, tensor.dtype), tensor.numel, inputs, out)
+        return out
+
+    def _chunk(self, item: ChunkItem) -> None:
+        tensor = item.tensor
+        size = BITS[tensor.dtype] // 8
+        for start in range(item.start, item.start + item.numel, CHUNK):
+            n = min(CHUNK, item.start + item.numel - start)
+            self._store(tensor, start, self.evaluate(tensor.expr, (start, n)))
+            self.job.add(n * size)
+
+    def _put(self, at: int, data: Any, dtype: str) -> None:
+        """Write what was computed, and remember where it holds infinities or NaN."""
+        self.job.target.write_at(at, data)
+        if kernels.nonfinite(data, dtype):
+            self.job.spoilt.append((at, at + len(memoryview(data).cast("B"))))
+
+    def _store(self, tensor: Tensor, start: int, value: Any) -> None:
+        """Write `value`, elements of `tensor` from `start` on: cast and written piece by piece."""
+        flat = np.ascontiguousarray(_to_numpy(value), np.float32).reshape(-1)
+        size = BITS[tensor.dtype] // 8
+        for at in range(0, flat.size, WRITTEN):
+            piece = flat[at : at + WRITTEN]
+            offset = tensor.offset + (start + at) * size
+            data = self.buffers(0, piece.size * size, offset)
+            out = np.frombuffer(data, kernels.NUMPY[tensor.dtype])
+            for i in range(0, piece.size, CHUNK):
+                kernels.best_backend().narrow(
+                    piece[i : i + CHUNK], tensor.dtype, out[i : i + CHUNK]
+                )
+            self._put(offset, data, tensor.dtype)
+
+    def evaluate(self, expr: Expr, part: tuple[int, int] | None = None) -> Any:
+        """`expr` as a float32 array: whole, or elements [start, start + n) of it, flat."""
+        match expr:
+            case Leaf():
+                return self._load(expr, part)
+            case Sum():
+                return self._sum_of_arrays(expr, part)
+            case Call():
+                return self._call(expr, [self.evaluate(arg, part) for arg in expr.args])
+            case Patch():
+                wide = _to_numpy(self.evaluate(expr.wide)).copy()
+                wide[:, : expr.channels] = _to_numpy(self.evaluate(expr.inner))
+                return wide
+            case Narrow():
+                return self.evaluate(expr.wide)[:, : expr.channels]
+            case Spelt():
+                whole = _to_numpy(self.evaluate(expr.whole))
+                return np.concatenate([_spelt(whole, *piece) for piece in expr.pieces])
+            case Const():
+                return kernels.float32(expr.data, expr.dtype).reshape(expr.shape)
+
+    def _load(self, leaf: Leaf, part: tuple[int, int] | None) -> Any:
+        info, source = leaf.info, self.job.sources[leaf.source]
+        if part is None and (info.parts or info.scattered):
+            array = kernels.float32(source.read(info), info.dtype).reshape(info.shape)
+        else:
+            first, n = part or (0, info.numel)
+            size = BITS[info.dtype] // 8
+            array = self._pool.empty((n,) if part else info.shape, np.float32)
+            flat = array.reshape(-1)
+            for at in range(0, n, CHUNK):
+                out = flat[at : at + CHUNK]
+                data = self.buffers(1, out.size * size)
+                source.read_at(info.file, info.offset + (first + at) * size, data)
+                _widen(data, info.dtype, out)
+        if self.job.device != "cpu":
+            from plymix import gpu
+
+            return gpu.to_device(array, self.job.device)
+        return array
+
+    def _sum_of_arrays(self, expr: Sum, part: tuple[int, int] | None) -> Any:
+        arrays = [self.evaluate(term, part) for _, term in expr.terms]
+        return weighted(arrays, [c for c, _ in expr.terms])
+
+    def _call(self, call: Call, args: list[Any]) -> Any:
+        method = get_method(call.method)
+        params = dict(call.params)
+        if "key" in method.given:
+            params["key"] = call.key
+        if "rng" in method.given:
+            params["rng"] = lambda i: generator(call.seed, call.key, call.models[i])
+        if "state" in method.given:
+            params["state"] = self.job.state[call.step]
+        with self._pool.serving():
+            return method.function(*positional(method, args, call.models), **params)
+
+
+def _widen(data: Any, dtype: str, out: Any) -> None:
+    """Bytes of `dtype` into the float32 array `out`."""
+    x, do = np.frombuffer(data, kernels.NUMPY[dtype]), kernels.best_backend()
+    if dtype == "F32":
+        np.copyto(out, x)
+    elif dtype == "F64":
+        do.single(x, out)
+    else:
+        do.widen(x, dtype, out)
+
+
+def _add(total: kernels.Sum, n: int, inputs: Sequence[memoryview], out: memoryview) -> None:
+    """`total` of n elements, in blocks."""
+    sizes = [BITS[dtype] // 8 for _, dtype in total.terms]
+    size = BITS[total.out] // 8
+    for a in range(0, n, kernels.BLOCK):
+        b = min(a + kernels.BLOCK, n)
+        parts = [x[a * s : b * s] for x, s in zip(inputs, sizes, strict=True)]
+        total(b - a, parts, out[a * size : b * size])
+
+
+def _spelt(
+    array: Any, rows: tuple[int, int] | None, swapped: bool, shape: tuple[int, ...] | None
+) -> Any:
+    array = array[slice(*rows)] if rows else array
+    array = array.T if swapped else array
+    return array if shape is None else array.reshape(shape)
+
+
+def weighted(arrays: Sequence[Any], coefficients: Sequence[float]) -> Any:
+    """sum(c * x) of float32 arrays, accumulated block by block in float64, rounded once."""
+    if isinstance(arrays[0], np.ndarray):
+        out = empty(arrays[0].shape, np.float32)
+        total = kernels.Sum([(c, "F32") for c in coefficients], "F32")
+        flat = [np.ascontiguousarray(x).reshape(-1) for x in arrays]
+        for at in range(0, out.size, kernels.BLOCK):
+            n = min(kernels.BLOCK, out.size - at)
+            total(n, [x[at : at + n] for x in flat], out.reshape(-1)[at : at + n])
+        return out
+    result = sum(c * x.double() for c, x in zip(coefficients, arrays, strict=True))
+    return result.float()
+
+
+def generator(seed: int, key: str, model: int) -> np.random.Generator:
+    """The random stream of one model's tensor: Philox, from (seed, key, model) alone."""
+    import hashlib
+
+    digest = hashlib.sha256(f"{seed}\0{key}\0{model}".encode()).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+
+
+def _to_numpy(value: Any) -> Any:
+    return value if isinstance(value, np.ndarray) else value.detach().cpu().numpy()
+
+
+class PlanTensors:
+    """What a method's `prepare` sees: all its calls in the plan, their inputs read when asked."""
+
+    def __init__(self, worker: Worker, found: dict[str, Call]) -> None:
+        self._worker = worker
+        self._calls = found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._calls)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._calls
+
+    def __getitem__(self, key: str) -> tuple[Any, ...]:
+        self._worker.job.add(0)
+        return tuple(self._worker.evaluate(arg) for arg in self._calls[key].args)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return next(leaves(self._calls[key])).info.shape
+
+
+def prepare(job: Job, tensors: Sequence[Tensor]) -> None:
+    """Before any work with methods in it: run the `prepare` of every step, inner steps first."""
+    _keep_memory()
+    found: dict[str, dict[str, Call]] = {}
+    for tensor in tensors:
+        for call in calls(tensor.expr):
+            if get_method(call.method).prepare is not None:
+                found.setdefault(call.step, {})[call.key] = call
+    for step, by_key in sorted(found.items(), key=lambda s: _depth(next(iter(s[1].values())))):
+        first = next(iter(by_key.values()))
+        first_pass = get_method(first.method).prepare
+        assert first_pass is not None
+        job.state[step] = first_pass(
+            PlanTensors(Worker(job, Buffers()), by_key), **dict(first.params)
+        )
+
+
+def _depth(expr: Expr) -> int:
+    return sum(1 for _ in calls(expr))
+
+
+def _keep_memory() -> None:
+    """Have glibc keep what is freed: a method's temporaries come and go with every chunk, and fresh
+    pages cost more than its arithmetic. Other C libraries are left alone."""
+    import ctypes
+
+    trim_threshold, mmap_threshold = -1, -3  # malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    mallopt(mmap_threshold, 32 << 20)
+    mallopt(trim_threshold, 64 << 20)
