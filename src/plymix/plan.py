@@ -909,9 +909,11 @@ class _Planner:
 def _unblendable(info: TensorInfo, any_arch: bool) -> bool:
     """Whether a weight has numbers that plymix cannot compute with, as packed ones have.
 
-    Where nobody knows the architecture, whole numbers may be meant, and are copied.
+    Whole numbers may be meant, and are copied; bytes are packed weights where the architecture says
+    that here is a weight.
     """
-    return info.numel > 1 and not info.is_float and not (any_arch and info.dtype in WHOLE)
+    packed = not any_arch and info.dtype in ("I8", "U8")
+    return info.numel > 1 and not info.is_float and (packed or info.dtype not in WHOLE)
 
 
 def _any_place(key: str) -> Place:
