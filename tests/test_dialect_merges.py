@@ -337,7 +337,7 @@ def test_a_component_file_keeps_what_only_it_has(tmp_path, files):
     unet = save(tmp_path / "lcm.safetensors", there | extra)
     b = files["sd1"]["b"]
     with planned(unet, b) as found:
-        assert found.unmatched["a"] == ()
+        assert found.unmatched["a"] == tuple(extra)  # kept, and said to be unmatched
         assert (
             "lcm.safetensors: 1 tensors unknown to SD1, copied: time_embedding.cond_proj.weight"
             in found.notes

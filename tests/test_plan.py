@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from itertools import permutations, product
 
 import numpy as np
 import pytest
@@ -169,6 +170,38 @@ def test_keys_only_in_a_stay_and_only_in_b_are_left_out(tmp_path):
     said = refusal(a, b, alpha=0.3, strict=True)
     assert mine in said
     assert theirs in said
+
+
+def test_what_is_unmatched_depends_on_the_files_alone(tmp_path):
+    """Not on their order, nor on `union`: every key that one of them lacks, and no other."""
+    first, *others = [k for k in header("sd1") if k.startswith(UNET + "out.")]
+    lacks = {"a": [first], "b": others[:2], "c": [first, others[2]]}
+
+    def change(name):
+        def both(rows, values):
+            without(*lacks[name])(rows, values)
+            for extra in {"a": "zz.a", "b": "zz.all", "c": "zz.all"}[name], "zz.all":
+                rows[extra], values[extra] = ("F16", (2,)), np.ones(2, np.float16)
+
+        return both
+
+    files = {n: made(tmp_path / f"{n}.safetensors", "sd1", 1, change(n)) for n in lacks}
+    for names in permutations(lacks, 3):
+        for count, union in product((2, 3), (False, True)):
+            used = names[:count]
+            models = {n: str(files[n]) for n in used}
+            step = {"method": "n_average", "models": list(used)}
+            output = {"union": union, "file": "o.ckpt"}
+            asked = from_dict({"models": models, "steps": {"s": step}, "output": output})
+            held = {n: set(load(files[n])[0]) for n in used}
+            shared = set.intersection(*held.values())
+            with plan.build(asked) as p:
+                found = {n: set(keys) for n, keys in p.unmatched.items()}
+                dropped = {n: {k for ks in p.dropped[n].values() for k in ks} for n in used}
+            assert found == {n: keys - shared for n, keys in held.items()}
+            assert not any(found[n] & dropped[n] for n in used)
+            with pytest.raises(Refusal, match=f"--strict: {sum(map(len, found.values()))} keys"):
+                plan.build(asked, strict=True)
 
 
 def test_unknown_keys_of_b_are_added_by_union_and_said_to_be(tmp_path):

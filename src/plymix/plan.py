@@ -105,7 +105,7 @@ class Plan:
     places: Mapping[str, Place]  # by output name
     fates: Mapping[str, Fate]  # by output name
     dropped: Mapping[str, Mapping[str, tuple[str, ...]]]  # input name -> rule -> keys
-    unmatched: Mapping[str, tuple[str, ...]]  # input name -> keys found in no other model's place
+    unmatched: Mapping[str, tuple[str, ...]]  # input name -> keys that another model lacks
     notes: tuple[str, ...]
     weights: Mapping[str, Mapping[str, weights.Resolved]] = field(default_factory=dict)
 
@@ -150,6 +150,11 @@ class Plan:
         layout: Layout = writer_for(path).layout(entries, metadata)
         placed = tuple(replace(t, offset=layout.offsets[t.name]) for t in self.tensors)
         return placed, layout
+
+    def used(self, i: Input) -> set[str]:
+        """The keys of an input that the output is made of."""
+        found = (leaf for t in self.tensors for leaf in leaves(t.expr) if leaf.source == i.index)
+        return {leaf.info.name for leaf in found}
 
     def changes(self, other: Plan) -> tuple[str, ...]:
         """Names of the tensors that `other` makes and this plan does not make the same way."""
@@ -829,7 +834,7 @@ class _Planner:
     def _account(
         self, tensors: Sequence[Tensor]
     ) -> tuple[dict[str, dict[str, tuple[str, ...]]], dict[str, tuple[str, ...]]]:
-        """Put every key of every input in exactly one class; return those not in the output."""
+        """Every key that is not in the output by the rule that left it out, and the unmatched."""
         used: set[tuple[int, str]] = set()
         for tensor in tensors:
             used.update((leaf.source, leaf.info.name) for leaf in leaves(tensor.expr))
@@ -838,62 +843,57 @@ class _Planner:
         dropped: dict[str, dict[str, tuple[str, ...]]] = {}
         unmatched: dict[str, tuple[str, ...]] = {}
         for i in self.inputs:
+            unmatched[i.name] = alone = self._unmatched(i)
+            ruled = [(info.name, self._drop_rule(i, key)) for key, info in i.tensors.items()]
+            ruled += ((key, f"unknown to {self.short}") for key in i.paired.unpaired)
+            if i.name not in self.by_name:
+                whole = [*(key for key, _ in ruled), *i.strangers]
+                ruled = [(key, "not part of the component") for key in whole]
+            apart = {*alone, *(key for source, key in used if source == i.index)}
             rules: dict[str, list[str]] = {}
-            alone: list[str] = []
-            for key, info in i.tensors.items():
-                if (i.index, info.name) in used:
-                    continue
-                rule = self._drop_rule(i, key, i.places[key])
-                if rule:
-                    rules.setdefault(rule, []).append(info.name)
-                else:
-                    alone.append(info.name)
-            alone += (key for key in i.paired.unpaired if (i.index, key) not in used)
+            for key, rule in ruled:
+                if key not in apart:
+                    rules.setdefault(rule, []).append(key)
             for left_out in (i.paired.left_out, i.source.left_out):
                 rules.update((why, list(keys)) for why, keys in left_out.items())
-            if i.name not in self.by_name:
-                rules.setdefault("not part of the component", []).extend((*alone, *i.strangers))
-                alone = []
-            alone += self._only_in_base(i)
-            dropped[i.name] = {rule: tuple(keys) for rule, keys in rules.items() if keys}
-            unmatched[i.name] = tuple(alone)
+            dropped[i.name] = {rule: tuple(keys) for rule, keys in rules.items()}
         return dropped, unmatched
 
-    def _only_in_base(self, i: Input) -> list[str]:
-        if i is not self.base:
-            return []
-        others = [m for m in self.by_name.values() if m is not self.base]
-        return [
-            i.tensors[key].name
-            for key, place in i.places.items()
-            if others
-            and not place.buffer
-            and place.component != "ema"
-            and place.component not in self.swaps
-            and not any(key in m.tensors for m in others)
-        ]
+    def _unmatched(self, i: Input) -> tuple[str, ...]:
+        """The keys of a merged model that another one lacks, whatever became of them.
 
-    def _drop_rule(self, i: Input, key: str, place: Place) -> str:
-        """Why a key of `i` is not in the output; "" when nothing pairs with it."""
-        output = self.recipe.output
+        So the count is the same in any order of the models, and with or without `union`.
+        """
+        others = [m for m in self.by_name.values() if m is not i]
+        if i.name not in self.by_name or not others:
+            return ()
+        strangers = set(i.strangers)
+        return (
+            *(
+                i.tensors[key].name
+                for key, place in i.places.items()
+                if (key in strangers or not place.buffer)
+                and place.component not in (*self.swaps, "ema")
+                and not all(key in m.tensors for m in others)
+            ),
+            *(k for k in i.paired.unpaired if not all(k in m.paired.unpaired for m in others)),
+        )
+
+    def _drop_rule(self, i: Input, key: str) -> str:
+        """Why a key of `i` that the other models have is not in the output."""
+        output, place = self.recipe.output, i.places[key]
         if place.component == "ema":
             return f"ema = {output.ema}"
-        if i is self.base and output.trim and self._trimmed(key, place):
-            return "trim"
         swap = self.swaps.get(place.component)
         if swap is not None and swap is not i:
             return f"{place.component} is {swap.label}'s"
         if key in i.strangers:
-            return ""
-        if place.buffer and i is not self.base and key in self.base.tensors:
-            return f"buffers are {self.base.label}'s"
-        if key in self.base.tensors or (output.union and not place.buffer):
-            if output.ema == "use" and archs.ema_key(key) in i.tensors:
-                return "ema = use"
-            return "weight 0"
+            return f"unknown to {self.short}"
         if place.buffer:
             return f"buffers are {self.base.label}'s"
-        return ""
+        if output.ema == "use" and archs.ema_key(key) in i.tensors:
+            return "ema = use"
+        return "weight 0"
 
     def _nothing_matched(self, tensors: Sequence[Tensor]) -> None:
         for i in self.by_name.values():

@@ -38,9 +38,9 @@ def remarks(plan: Plan) -> Iterator[str]:
             if rule.startswith("ema") and i.name in plan.recipe.models:
                 done = "left out" if rule == "ema = drop" else "replaced by their EMA copies"
                 yield f"{i.label}: {len(keys)} tensors {done} ({rule})"
-        told = {*i.strangers, *i.paired.unpaired}
-        alone = [k for k in plan.unmatched.get(i.name, ()) if k not in told]
-        if alone and i is not plan.base:
+        unmatched = plan.unmatched.get(i.name, ())
+        told = {*i.strangers, *i.paired.unpaired} | (plan.used(i) if unmatched else set())
+        if alone := [key for key in unmatched if key not in told]:
             yield f"{i.label}: {len(alone)} tensors without a partner, left out: {listed(alone)}"
 
 
@@ -89,7 +89,8 @@ def totals(explanation: Explanation, labels: Mapping[str, str]) -> Iterator[str]
             yield f"{n} of {labels.get(name, name)} left out: {rule}"
     for name, keys in explanation.unmatched.items():
         if keys:
-            yield f"{len(keys)} of {labels.get(name, name)} unmatched: {listed(keys)}"
+            whose = labels.get(name, name)
+            yield f"{len(keys)} of {whose} unmatched (another model lacks them): {listed(keys)}"
     yield (
         f"reads {size(explanation.bytes_read)}, writes {size(explanation.bytes_written)},"
         f" needs at most {size(explanation.memory)} of memory; nothing was written"
