@@ -40,7 +40,8 @@ else:
 
 ROOT = Path(__file__).resolve().parent.parent
 MADE = write_docs.made()
-GENERATED = {ROOT / "docs" / name for name in MADE}
+# The page of the commands needs cyclopts 5 to be made; with 4 it is not compared.
+GENERATED = {ROOT / "docs" / name for name in (*MADE, "reference/commands.md")}
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 WRITTEN = [p for p in PAGES if p not in GENERATED]
 BLOCK = re.compile(r"(?:^<!-- ([^\n]*) -->\n)?^```(\w*)\n(.*?)^```$", re.M | re.S)
