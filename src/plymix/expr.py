@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Union
 
 from plymix.formats.base import BITS, TensorInfo
@@ -28,6 +29,9 @@ class Leaf:
 
     source: int
     info: TensorInfo
+
+    def __hash__(self) -> int:  # plans hash leaves by the ten thousand
+        return hash((self.source, self.info.name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,10 +227,10 @@ class Linear:
     """A linear expression that adds and scales like a tensor does.
 
     The planner hands these to the very functions that the engine hands arrays, so a linear method
-    is written once. Coefficients are Python floats.
+    is written once. Terms are expressions, or what stands for them; coefficients are Python floats.
     """
 
-    def __init__(self, terms: Mapping[Expr, float]) -> None:
+    def __init__(self, terms: Mapping[Any, float]) -> None:
         self.terms = dict(terms)
 
     @classmethod
@@ -240,6 +244,7 @@ class Linear:
 
         Where nothing is left, one term of weight 0 stays, for the shape.
         """
+        terms: tuple[tuple[float, Expr], ...]
         terms = tuple((c, e) for e, c in self.terms.items() if c != 0.0)
         terms = terms or ((0.0, next(iter(self.terms))),)
         if len(terms) == 1 and terms[0][0] == 1.0:
@@ -277,11 +282,25 @@ def apply(method: Method, args: tuple[Expr, ...], params: Mapping[str, Any], cal
     """`method` on `args`: folded when it is linear, else `call`, which holds the same arguments."""
     if method.kind != "linear":
         return call
+    given = call.params
     if "key" in method.given:
-        params = {**params, "key": call.key}
-    given = positional(method, [Linear.of(arg) for arg in args], call.models)
-    result: Linear = method.function(*given, **params)
-    return result.expr()
+        given = tuple({**params, "key": call.key}.items())
+    factors = _factors(method.function, _left_out(method, call.models), len(args), given)
+    total: dict[Expr, float] = {}
+    for arg, factor in zip(args, factors, strict=True):
+        for c, term in arg.terms if isinstance(arg, Sum) else ((1.0, arg),):
+            total[term] = total.get(term, 0.0) + c * factor
+    return Linear(total).expr()
+
+
+@lru_cache(maxsize=1024)
+def _factors(
+    function: Callable[..., Linear], left_out: int, count: int, params: tuple[tuple[str, Any], ...]
+) -> tuple[float, ...]:
+    """What a linear method multiplies each of its `count` inputs by, learned from itself."""
+    symbols = [Linear({i: 1.0}) for i in range(count)]
+    result = function(*[None] * left_out, *symbols, **dict(params))
+    return tuple(result.terms.get(i, 0.0) for i in range(count))
 
 
 def positional(method: Method, args: Sequence[Any], models: tuple[int, ...]) -> list[Any]:
@@ -289,5 +308,8 @@ def positional(method: Method, args: Sequence[Any], models: tuple[int, ...]) -> 
 
     `models` are the positions of `args` among the step's inputs.
     """
-    left_out = models[0] if method.variadic and method.inputs else 0
-    return [None] * left_out + list(args)
+    return [None] * _left_out(method, models) + list(args)
+
+
+def _left_out(method: Method, models: tuple[int, ...]) -> int:
+    return models[0] if method.variadic and method.inputs else 0

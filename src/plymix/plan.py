@@ -134,15 +134,17 @@ class Plan:
 
     def memory(self, threads: int) -> int:
         """An upper bound of the memory the merge needs with so many threads, in bytes."""
-        whole = []
+        most, least = 0, 64
         for t in self.tensors:
-            if not plain_terms(t.expr) and not chunkable(t.expr):
-                found = set(leaves(t.expr))
-                largest = max((leaf.info.numel for leaf in found), default=t.numel)
-                whole.append(largest * 4 * (2 + len(found)))
-        chunks = any(chunkable(t.expr) and not plain_terms(t.expr) for t in self.tensors)
-        least = (96 if chunks else 64) << 20
-        return least + threads * max(whole, default=0)
+            if plain_terms(t.expr):
+                continue
+            if chunkable(t.expr):
+                least = 96
+                continue
+            found = set(leaves(t.expr))
+            largest = max((leaf.info.numel for leaf in found), default=t.numel)
+            most = max(most, largest * 4 * (2 + len(found)))
+        return (least << 20) + threads * most
 
     def layout(self, path: Path, metadata: Mapping[str, str]) -> tuple[tuple[Tensor, ...], Layout]:
         """The tensors with their offsets in a file named `path`, and that file's layout."""
@@ -929,6 +931,7 @@ class _Adjustment:
         self.scales: dict[str, float] = {}
         self.offsets: dict[str, tuple[float, ...]] = {}
         self.saturation = self.cfg = 1.0
+        self.asked = bool(asked)
         if not asked:
             return
         from plymix.methods import tuning
@@ -962,6 +965,8 @@ class _Adjustment:
         return scale
 
     def __call__(self, key: str, expr: Expr, shape: tuple[int, ...]) -> Expr:
+        if not self.asked:
+            return expr
         total = Linear.of(expr) * self.scale(key)
         if offsets := self.offsets.get(key):
             data = struct.pack(f"<{len(offsets)}f", *offsets)

@@ -383,8 +383,11 @@ def quantised(keys: Collection[str]) -> dict[str, str]:
 
     A weight beside them is not a plain number: it cannot be blended before it is dequantised.
     """
+    kinds = shared_facts().quantised
+    every = Names(pattern for patterns in kinds.values() for pattern in patterns)
+    some = [key for key in keys if key in every]
     found: dict[str, str] = {}
-    for kind, patterns in shared_facts().quantised.items():
+    for kind, patterns in kinds.items() if some else ():
         names = Names(patterns)
-        found.update((key, kind) for key in keys if key in names)
+        found.update((key, kind) for key in some if key in names)
     return found

@@ -13,6 +13,7 @@ an error is `{"error": text, "exit_code": number}` then.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -59,6 +60,7 @@ def main_mbw() -> int:
 def _entry(words: Sequence[str], prog: str = "") -> int:
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")  # plymix has threads of its own, and results stay the same
+    gc.set_threshold(100_000)  # a plan is tens of thousands of values without a cycle
     if hasattr(signal, "SIGTERM"):
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill ends as Ctrl-C does
     return run(words, prog)
