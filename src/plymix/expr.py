@@ -190,6 +190,25 @@ def mapped(expr: Expr, change: Callable[[TensorInfo], TensorInfo]) -> Expr:
     raise AssertionError(f"{type(expr).__name__} is not elementwise")
 
 
+def with_leaves(expr: Expr, change: Callable[[Leaf], Expr]) -> Expr:
+    """`expr` with every Leaf replaced by what `change` makes of it."""
+    match expr:
+        case Leaf():
+            return change(expr)
+        case Sum():
+            return Sum(tuple((c, with_leaves(term, change)) for c, term in expr.terms))
+        case Call():
+            return replace(expr, args=tuple(with_leaves(arg, change) for arg in expr.args))
+        case Patch():
+            wide, inner = (with_leaves(e, change) for e in (expr.wide, expr.inner))
+            return Patch(wide, inner, expr.channels)
+        case Narrow():
+            return Narrow(with_leaves(expr.wide, change), expr.channels)
+        case Spelt():
+            return Spelt(with_leaves(expr.whole, change), expr.pieces)
+    return expr
+
+
 def narrow(expr: Expr, channels: int) -> Expr:
     """The first `channels` entries of axis 1 of `expr`, read as such where that is possible."""
     match expr:
@@ -221,6 +240,41 @@ class Tensor:
     @property
     def nbytes(self) -> int:
         return self.numel * BITS[self.dtype] // 8
+
+
+def numbered(tensors: Sequence[Tensor], numbers: Mapping[int, int]) -> tuple[Tensor, ...]:
+    """`tensors` with the number of every source replaced."""
+    if all(a == b for a, b in numbers.items()):
+        return tuple(tensors)
+
+    def change(leaf: Leaf) -> Leaf:
+        return Leaf(numbers[leaf.source], leaf.info)
+
+    return tuple(replace(t, expr=with_leaves(t.expr, change)) for t in tensors)
+
+
+def changed(before: Sequence[Tensor], after: Sequence[Tensor]) -> tuple[str, ...]:
+    """Names of the tensors in `after` whose values may differ from those in `before`, in order.
+
+    Both number their sources alike. What a method's `prepare` learns from all tensors of a step
+    counts for each: where one of them differs, they all do.
+    """
+    old, new = {t.name: t for t in before}, {t.name: t for t in after}
+    names = {n for n, t in new.items() if n not in old or not _alike(old[n], t)}
+    differing = [t for n, t in (*old.items(), *new.items()) if n in names or n not in new]
+    steps = frozenset[str]().union(*(_prepared(t.expr) for t in differing))
+    if steps:
+        names |= {n for n, t in new.items() if not steps.isdisjoint(_prepared(t.expr))}
+    return tuple(n for n in new if n in names)
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return (a.expr, a.dtype, a.shape) == (b.expr, b.dtype, b.shape)
+
+
+def _prepared(expr: Expr) -> frozenset[str]:
+    """The steps in `expr` whose method has a first pass over all tensors."""
+    return frozenset(c.step for c in calls(expr) if get_method(c.method).prepare is not None)
 
 
 class Linear:

@@ -32,10 +32,12 @@ from plymix.expr import (
     Sum,
     Tensor,
     apply,
+    changed,
     chunkable,
     leaf_terms,
     leaves,
     narrow,
+    numbered,
     plain_terms,
     positional,
 )
@@ -160,10 +162,9 @@ class Plan:
 
     def changes(self, other: Plan) -> tuple[str, ...]:
         """Names of the tensors that `other` makes and this plan does not make the same way."""
-        mine = {t.name: (t.expr, t.dtype, t.shape) for t in self.tensors}
-        return tuple(
-            t.name for t in other.tensors if mine.get(t.name) != (t.expr, t.dtype, t.shape)
-        )
+        theirs = {i.source.path: i.index for i in other.inputs}
+        numbers = {i.index: theirs.get(i.source.path, ~i.index) for i in self.inputs}
+        return changed(numbered(self.tensors, numbers), other.tensors)
 
     def close(self) -> None:
         for i in self.inputs:

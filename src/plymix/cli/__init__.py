@@ -37,6 +37,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "verify": ("recipes:verify", "Tell whether a result is what its recipe says."),
     "recipe show": ("recipes:show", "Print the recipe that a result carries."),
     "recipe import": ("recipes:import_", "Turn another tool's record of a merge into a recipe."),
+    "compare": ("pictures:compare", "Draw merges side by side, without writing a checkpoint."),
     "inspect": ("looking:inspect", "Show what a model file is and holds."),
     "check": ("looking:check", "Look for damage: NaN, infinities, zeros, bad position ids."),
     "presets": ("looking:presets", "List the block weight presets, or draw one."),

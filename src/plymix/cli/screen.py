@@ -216,6 +216,10 @@ def describe(now: Progress) -> str:
     if now.phase in COUNTED:
         return f"{now.phase}: {now.done} of {now.total}"
     share = now.done / now.total if now.total else 1.0
+    if now.phase == "drawing":  # thousandths of pictures
+        text = f"drawing: {now.done // 1000} of {now.total // 1000} pictures"
+        left = now.seconds * (1 / share - 1) if share else 0.0
+        return text + (f", {_duration(left)} left" if share else "")
     text = f"{now.phase} {share:4.0%} of {size(now.total)}"
     if now.done and now.seconds:
         speed = now.done / now.seconds

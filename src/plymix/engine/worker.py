@@ -290,12 +290,15 @@ class PlanTensors:
 
 
 def prepare(job: Job, tensors: Sequence[Tensor]) -> None:
-    """Before any work with methods in it: run the `prepare` of every step, inner steps first."""
+    """Before any work with methods in it: run the `prepare` of every step, inner steps first.
+
+    Not of those that it ran for already: what is made in several goes is prepared for once.
+    """
     _keep_memory()
     found: dict[str, dict[str, Call]] = {}
     for tensor in tensors:
         for call in calls(tensor.expr):
-            if get_method(call.method).prepare is not None:
+            if call.step not in job.state and get_method(call.method).prepare is not None:
                 found.setdefault(call.step, {})[call.key] = call
     for step, by_key in sorted(found.items(), key=lambda s: _depth(next(iter(s[1].values())))):
         first = next(iter(by_key.values()))

@@ -1,0 +1,344 @@
+"""`compare`: sheets of pictures, drawn with merges that are never written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from plymix.cli import screen
+from plymix.cli.options import Folders, Force, Json, Presets, argument, option, weight
+from plymix.errors import Refusal
+
+if TYPE_CHECKING:
+    from plymix.images import Backend, Settings
+    from plymix.images.compare import Kitchen, Place
+    from plymix.images.grid import Grid
+    from plymix.images.rows import Models
+
+EXAMPLES = {
+    "compare": "Examples:\n"
+    '  PROG a.safetensors b.safetensors --each A --each B --each 0.5 --each "GRAD_V base=1 vae=b"'
+    ' --prompt "a cat" --seeds 1-4 --sampler euler_a --steps 80 --cfg 7 -o sheet.png\n'
+    '  PROG a.safetensors b.safetensors --each 0.5 --prompt "a cat" --x "IN05=0,0.5,1" -o x.png\n'
+    "  PROG --redo sheet.json --cell 3,2 -o again.png",
+}
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """The settings of a picture."""
+
+    negative: Annotated[
+        str, option("What the picture shall not show.", default=False, metavar="TEXT")
+    ] = ""
+    sampler: Annotated[
+        str,
+        option(
+            "euler, euler_a, ddim, dpmpp_2m, dpmpp_2m_karras, dpmpp_sde, unipc or lcm.",
+            metavar="NAME",
+        ),
+    ] = "euler_a"
+    steps: Annotated[int, option("Steps of the sampler.", metavar="N")] = 20
+    cfg: Annotated[float, option("Guidance: how strongly the prompt holds.", metavar="F")] = 7.0
+    size: Annotated[str, option("Width x height in pixels.", metavar="WxH")] = "512x512"
+
+    def settings(self, prompt: str, seed: int) -> Settings:
+        from plymix.images import Settings, grid
+
+        width, height = grid.size(self.size)
+        return Settings(
+            prompt, self.negative, seed, self.steps, self.cfg, self.sampler, width, height
+        ).checked()
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """Who draws, and how."""
+
+    backend: Annotated[
+        str,
+        option(
+            "diffusers (in this process), a1111 (also Forge), comfyui, or fake. [default:"
+            " diffusers]",
+            default=False,
+            metavar="NAME",
+        ),
+    ] = ""
+    url: Annotated[
+        str, option("Where the server of a1111 or comfyui is.", default=False, metavar="URL")
+    ] = ""
+    model_folder: Annotated[
+        str,
+        option(
+            "That server's folder of checkpoints; merged files are written there.",
+            default=False,
+            metavar="DIR",
+        ),
+    ] = ""
+    keep: Annotated[bool, option("Leave the merged files there.", default=False)] = False
+    timeout: Annotated[float, option("Seconds to wait for the server's answer.", metavar="S")] = (
+        600.0
+    )
+    device: Annotated[
+        str,
+        option(
+            "cpu, cuda or cuda:1. [default: a GPU where there is one]", default=False, metavar="D"
+        ),
+    ] = ""
+    precision: Annotated[
+        str,
+        option(
+            "Of the U-Net: fp32, fp16 or bf16. [default: fp16 on a GPU, else fp32]",
+            default=False,
+            metavar="P",
+        ),
+    ] = ""
+    batch: Annotated[
+        int,
+        option("Pictures made at once. [default: 4 on a GPU, else 1]", default=False, metavar="N"),
+    ] = 0
+
+    @contextmanager
+    def opened(self, via: str = "diffusers") -> Iterator[tuple[str, Backend]]:
+        """The backend's name and the backend itself, closed afterwards."""
+        from plymix.images import Options, open_backend
+
+        name = self.backend or via
+        if self.batch < 0 or self.timeout <= 0:
+            raise Refusal("--batch and --timeout are positive numbers")
+        options = Options(
+            self.device,
+            self.precision,
+            self.batch,
+            self.url,
+            self.model_folder,
+            self.keep,
+            self.timeout,
+        )
+        backend = open_backend(name, options)
+        try:
+            yield name, backend
+        finally:
+            backend.close()
+
+
+Prompts = Annotated[
+    tuple[str, ...],
+    option("What the picture shows; repeatable.", default=False, metavar="TEXT"),
+]
+Seeds = Annotated[str, option("Seeds: numbers and ranges.", metavar="1-4,7")]
+
+
+def compare(
+    a: Annotated[str, argument("The first model.")] = "",
+    b: Annotated[str, argument("The second model.")] = "",
+    /,
+    *,
+    output: Annotated[
+        str, option("The sheet.", "--output", "-o", default=False, metavar="FILE.png")
+    ] = "",
+    each: Annotated[
+        tuple[str, ...],
+        weight(
+            "A row: A, B, or a weight (share of B) with base=, vae=, method=, IN05= ... beside it;"
+            " repeatable.",
+            default=False,
+            metavar="ROW",
+        ),
+    ] = (),
+    prompt: Prompts = (),
+    seeds: Seeds = "1",
+    picture: Picture = Picture(),
+    x: Annotated[
+        str,
+        option(
+            "Columns: seed, prompt, merge, or NAME=VALUES (IN05=0,0.5,1; cfg=4,7; steps.mix.alpha="
+            "0,1).",
+            default=False,
+            metavar="AXIS",
+        ),
+    ] = "",
+    y: Annotated[str, option("Rows, as --x.", default=False, metavar="AXIS")] = "",
+    pages: Annotated[str, option("Pages, as --x.", default=False, metavar="AXIS")] = "",
+    against: Annotated[
+        int,
+        option("Draw each row's difference from this one, too.", default=False, metavar="ROW"),
+    ] = 0,
+    save: Annotated[
+        tuple[str, ...],
+        option(
+            "Write the checkpoint of a row: 2, or 2=FILE; repeatable.",
+            default=False,
+            metavar="ROW[=FILE]",
+        ),
+    ] = (),
+    from_: Annotated[
+        str,
+        option(
+            "Merge by a recipe; --each and axes then change its values.",
+            "--from",
+            default=False,
+            metavar="RECIPE",
+        ),
+    ] = "",
+    redo: Annotated[
+        str,
+        option(
+            "Draw a cell of a finished sheet (.json or .png) again.", default=False, metavar="SHEET"
+        ),
+    ] = "",
+    cell: Annotated[
+        str, option("Which cell: row, column and page.", default=False, metavar="R,C[,P]")
+    ] = "1,1",
+    drawing: Drawing = Drawing(),
+    presets: Presets = "",
+    models: Folders = (),
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Draw merges side by side: one labelled sheet, without writing a checkpoint.
+
+    Rows are merges, columns seeds, or any two or three of: merge, prompt, seed, steps, cfg,
+    sampler, size, and every weight of the merge. Beside the sheet come its pictures (with their
+    settings and recipe inside), a .json from which any of them can be made again, and an .html
+    page.
+
+    Stopped, the same command goes on where it was.
+    """
+    if redo:
+        _again(redo, cell, output, drawing, models, force, json)
+        return
+    from plymix.images import compare as comparing
+    from plymix.images import grid as grids
+    from plymix.images import rows
+
+    place = comparing.place(output or "sheet.png", force)
+    start = _models(a, b, from_, presets)
+    merges = each or (("",) if from_ else ("A", "0.5", "B"))
+    known = (
+        grids.Axis(
+            "merge", tuple(grids.Value(rows.label(e, start), rows.split(e)) for e in merges)
+        ),
+        grids.Axis("seed", tuple(_seed(s) for s in grids.numbers(seeds))),
+        grids.Axis(
+            "prompt", tuple(grids.Value(p, settings=(("prompt", p),)) for p in prompt or ("",))
+        ),
+    )
+    columns, down, through = grids.placed(x, y, pages, known)
+    chosen = [axis.name for axis in (columns, down, through)]
+    words = known[0].values[0].words if "merge" not in chosen else ()
+    settings = picture.settings((prompt or ("",))[0], grids.numbers(seeds)[0])
+    grid = grids.build(start, words, settings, columns, down, through)
+    count = len(down.values)
+    if not 0 <= against <= count:
+        raise Refusal(f"--against {against}: the sheet has rows 1 to {count}")
+    title = "" if "prompt" in chosen else settings.prompt
+    with _kitchen(models) as (kitchen, progress), drawing.opened() as (via, backend):
+        wanted = [_saved(s, grid, place, force) for s in save]
+        for text in dict.fromkeys(n for c in grid.cells for n in kitchen.plan(c.recipe).notes):
+            screen.note(text)
+        with progress as line:
+            drawn = comparing.draw(grid, kitchen, backend, via, place, progress=line)
+        files = comparing.finish(
+            drawn, place, kitchen.where(), title=title, against=against - 1 if against else None
+        )
+        made = [_write(kitchen, row, path) for row, path in wanted]
+    if json:
+        told = {"files": [str(f) for f in (*files, *made)], "drawn": drawn.fresh,
+                "cells": len(grid.cells), "seconds": drawn.seconds}  # fmt: skip
+        screen.put_json(told)
+        return
+    kept = len(grid.cells) - drawn.fresh
+    screen.put(
+        f"{place.out}: {len(grid.cells)} pictures, {drawn.fresh} drawn in {drawn.seconds:.1f} s"
+        + (f", {kept} there already" if kept else "")
+    )
+    for file in (*files[1:], *made):
+        screen.put(f"{file}")
+
+
+def _models(a: str, b: str, from_: str, presets: str) -> Models:
+    from plymix.cli.recipes import load
+    from plymix.images.rows import Models
+
+    if from_:
+        if a or b:
+            raise Refusal("--from says the models; leave out A and B")
+        found, _ = load(from_, (), (), presets)
+        return Models(start=found)
+    if not a or not b:
+        raise Refusal("compare wants two models, or --from RECIPE, or --redo SHEET")
+    return Models(a, b, options={"presets": presets} if presets else {})
+
+
+def _seed(seed: int) -> Any:
+    from plymix.images.grid import Value
+
+    return Value(f"seed {seed}", settings=(("seed", seed),))
+
+
+@contextmanager
+def _kitchen(folders: Sequence[str]) -> Iterator[tuple[Kitchen, screen.ProgressLine]]:
+    from plymix.images.compare import Kitchen
+
+    line = screen.ProgressLine()
+    with Kitchen(folders, line) as kitchen:
+        yield kitchen, line
+
+
+def _saved(text: str, grid: Grid, place: Place, force: bool) -> tuple[Any, Path]:
+    """(recipe, file) of `--save 2` or `--save 2=mix.safetensors`."""
+    from plymix import api
+
+    number, _, file = text.partition("=")
+    if not number.isdecimal() or not 1 <= int(number) <= len(grid.rows.values):
+        raise Refusal(f"--save {text}: write a row, 1 to {len(grid.rows.values)}, or ROW=FILE")
+    row = int(number) - 1
+    found = {id(c.recipe): c.recipe for c in grid.cells if c.row == row}
+    if len(found) > 1:
+        raise Refusal(f"--save {text}: row {number} is {len(found)} merges; say one in --each")
+    path = Path(file or place.out.with_name(f"{place.out.stem}-row{number}.safetensors"))
+    api.ready(path, force)
+    return next(iter(found.values())), path
+
+
+def _write(kitchen: Kitchen, recipe: Any, path: Path) -> Path:
+    from plymix import api
+
+    with screen.ProgressLine() as progress:
+        return api.run(kitchen.plan(recipe), path, progress=progress).path
+
+
+def _again(
+    redo: str,
+    cell: str,
+    output: str,
+    drawing: Drawing,
+    models: Sequence[str],
+    force: bool,
+    json: bool,
+) -> None:
+    from plymix.images import compare as comparing
+    from plymix.images.pixels import writable
+
+    path = Path(redo)
+    record = comparing.recalled(path, cell)
+    out = writable(output or f"{path.stem}-again.png", force)
+    folders = [*models, str(path.parent), str(path.parent.parent)]
+    with _kitchen(folders) as (kitchen, progress), drawing.opened(record["via"]) as (_, backend):
+        kitchen.paths = comparing.known_paths(path)
+        with progress as line:
+            same = comparing.again(record, kitchen, backend, out, line)
+    if json:
+        screen.put_json({"file": str(out), "same": same})
+        return
+    screen.put(f"{out}: " + ("the same pixels" if same else "not the same pixels"))
+    if not same and record["backend"] != backend.label:
+        screen.note(f"it was drawn with {record['backend']}, and now with {backend.label}")
