@@ -21,6 +21,9 @@ from plymix.errors import Refusal
 from plymix.plan import Input, Plan
 from plymix.recipe import METADATA_KEY, Model, Recipe, Step, from_json, to_json
 
+CONFIG_KEY = "plymix.model_config"
+"""What shapes cannot tell of a model's networks, as JSON: `plymix.images.live` reads it."""
+
 A1111_METHODS = {"weighted_sum": "Weighted sum", "add_difference": "Add difference"}
 
 
@@ -58,6 +61,8 @@ def build(plan: Plan) -> dict[str, str]:
     """The result's metadata: text to text."""
     recipe = recorded(plan)
     found = {METADATA_KEY: to_json(recipe), "format": "pt"}
+    if config := plan.base.source.metadata.get(CONFIG_KEY):
+        found[CONFIG_KEY] = config
     found.update(_modelspec(plan, recipe))
     found.update(_a1111(plan, recipe))
     return found

@@ -48,12 +48,17 @@ class Picture:
     cfg: Annotated[float, option("Guidance: how strongly the prompt holds.", metavar="F")] = 7.0
     size: Annotated[str, option("Width x height in pixels.", metavar="WxH")] = "512x512"
 
-    def settings(self, prompt: str, seed: int) -> Settings:
+    def settings(self) -> Settings:
         from plymix.images import Settings, grid
 
         width, height = grid.size(self.size)
         return Settings(
-            prompt, self.negative, seed, self.steps, self.cfg, self.sampler, width, height
+            negative=self.negative,
+            steps=self.steps,
+            cfg=self.cfg,
+            sampler=self.sampler,
+            width=width,
+            height=height,
         ).checked()
 
 
@@ -217,29 +222,18 @@ def compare(
         return
     from plymix.images import compare as comparing
     from plymix.images import grid as grids
-    from plymix.images import rows
 
     place = comparing.place(output or "sheet.png", force)
     start = _models(a, b, from_, presets)
-    merges = each or (("",) if from_ else ("A", "0.5", "B"))
-    known = (
-        grids.Axis(
-            "merge", tuple(grids.Value(rows.label(e, start), rows.split(e)) for e in merges)
-        ),
-        grids.Axis("seed", tuple(_seed(s) for s in grids.numbers(seeds))),
-        grids.Axis(
-            "prompt", tuple(grids.Value(p, settings=(("prompt", p),)) for p in prompt or ("",))
-        ),
-    )
+    known = grids.given(start, each or (("",) if from_ else ("A", "0.5", "B")), seeds, prompt)
     columns, down, through = grids.placed(x, y, pages, known)
-    chosen = [axis.name for axis in (columns, down, through)]
-    words = known[0].values[0].words if "merge" not in chosen else ()
-    settings = picture.settings((prompt or ("",))[0], grids.numbers(seeds)[0])
-    grid = grids.build(start, words, settings, columns, down, through)
+    fixed = [a.values[0] for a in known if a.name not in (columns.name, down.name, through.name)]
+    settings = grids.applied(picture.settings(), fixed)
+    grid = grids.build(start, fixed, settings, columns, down, through)
     count = len(down.values)
     if not 0 <= against <= count:
         raise Refusal(f"--against {against}: the sheet has rows 1 to {count}")
-    title = "" if "prompt" in chosen else settings.prompt
+    title = grids.title(grid, fixed, settings)
     with _kitchen(models) as (kitchen, progress), drawing.opened() as (via, backend):
         wanted = [_saved(s, grid, place, force) for s in save]
         for text in dict.fromkeys(n for c in grid.cells for n in kitchen.plan(c.recipe).notes):
@@ -276,12 +270,6 @@ def _models(a: str, b: str, from_: str, presets: str) -> Models:
     if not a or not b:
         raise Refusal("compare wants two models, or --from RECIPE, or --redo SHEET")
     return Models(a, b, options={"presets": presets} if presets else {})
-
-
-def _seed(seed: int) -> Any:
-    from plymix.images.grid import Value
-
-    return Value(f"seed {seed}", settings=(("seed", seed),))
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ class Kitchen:
     _hashes: dict[Path, str] = field(default_factory=dict)
 
     def plan(self, recipe: Recipe) -> Plan:
-        """The plan of a recipe. Raises Refusal, also for a model that the recipe hashes otherwise."""
+        """A recipe's plan. Raises Refusal, also for a model whose SHA-256 is not the recipe's."""
         key = recipes.to_json(recipe)
         if key not in self._plans:
             there = {
@@ -153,7 +154,7 @@ class Place:
 
 
 def place(out: str | os.PathLike[str], force: bool) -> Place:
-    """Where a sheet goes. Raises Refusal, before anything is drawn, where it cannot or should not."""
+    """Where a sheet goes. Raises Refusal where it cannot or should not."""
     return Place(pixels.writable(out, force))
 
 
@@ -265,7 +266,7 @@ def _known(folder: Path) -> dict[str, Path]:
 def _named(
     grid: Grid, digests: Sequence[str], known: Mapping[str, Path], folder: Path
 ) -> tuple[Path, ...]:
-    """The cells' files, named by their place; one that several cells share is named by the first."""
+    """The cells' files, named by their place; of several that are alike, by the first."""
     files: dict[str, Path] = {}
     for cell, digest in zip(grid.cells, digests, strict=True):
         if digest in files:
@@ -309,7 +310,7 @@ def ordered(plans: Sequence[Plan]) -> list[int]:
         return list(range(len(plans)))
     apart = _bytes_apart(plans)
     ways = [_nearest(apart, start) for start in range(len(plans))]
-    return min(ways, key=lambda way: sum(apart[a][b] for a, b in zip(way, way[1:], strict=False)))
+    return min(ways, key=lambda way: sum(apart[a][b] for a, b in pairwise(way)))
 
 
 def _nearest(apart: Sequence[Sequence[int]], start: int) -> list[int]:
@@ -471,7 +472,7 @@ def again(
     (picture,) = backend.draw([settings], tick)
     new = {**record, "plymix": _version(), "backend": backend.label}
     _save(out, picture, new, metadata.formula(recipe))
-    return digest_of(picture) == record["pixels"]
+    return bool(digest_of(picture) == record["pixels"])
 
 
 def _version() -> str:

@@ -222,7 +222,7 @@ class Diffusers:
         return guess
 
     def _read(self, text: str, count: int) -> tuple[Any, Any]:
-        """What the text encoders make of a text: [1, 77 * windows, width], and pooled [1, width]."""
+        """A text as the encoders read it: [1, 77 * windows, width]; pooled [1, width] or None."""
         import torch
 
         found, pooled = [], None

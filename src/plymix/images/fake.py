@@ -1,4 +1,4 @@
-"""The backend `fake`: a pattern that depends on weights and settings, for tests and plug-in authors.
+"""The backend `fake`: a pattern made of weights and settings, for tests and plug-in authors.
 
 Needs nothing but numpy. One stripe per block of the model, coloured by a checksum of the block's
 bytes; over it noise from the other settings. The same bytes and settings give the same picture.

@@ -135,6 +135,17 @@ def _value(name: str, text: str) -> Value:
     return Value(f"{name} {text}", settings=((name, number),))
 
 
+def given(
+    models: rows.Models, each: Sequence[str], seeds: str, prompts: Sequence[str]
+) -> tuple[Axis, Axis, Axis]:
+    """The axes that options of their own give values: merges, seeds, prompts."""
+    return (
+        Axis("merge", tuple(merge(row, models) for row in each)),
+        Axis("seed", tuple(_value("seed", str(n)) for n in numbers(seeds))),
+        Axis("prompt", tuple(_value("prompt", p) for p in prompts or ("",))),
+    )
+
+
 def placed(x: str, y: str, pages: str, known: Sequence[Axis]) -> tuple[Axis, Axis, Axis]:
     """(columns, rows, pages). `known` are the axes that other options have given values.
 
@@ -168,15 +179,36 @@ def placed(x: str, y: str, pages: str, known: Sequence[Axis]) -> tuple[Axis, Axi
     return tuple(found[p] or NONE for p in ("columns", "rows", "pages"))  # type: ignore[return-value]
 
 
+def applied(settings: Settings, values: Sequence[Value]) -> Settings:
+    """`settings` with what `values` set, checked. Raises Refusal."""
+    said = {name: value for each in values for name, value in each.settings}
+    return msgspec.structs.replace(settings, **said).checked()
+
+
+def title(grid: Grid, fixed: Sequence[Value], settings: Settings) -> str:
+    """What all pictures of a sheet have in common, for its head."""
+    moving = {axis.name for axis in grid.axes().values()}
+    numbers = {
+        "sampler": settings.sampler,
+        "steps": f"{settings.steps} steps",
+        "cfg": f"CFG {settings.cfg:g}",
+        "size": f"{settings.width}x{settings.height}",
+    }
+    told = [v.label for v in fixed if v.label and v.label != settings.prompt]
+    told += [text for name, text in numbers.items() if name not in moving]
+    prompt = "" if "prompt" in moving else settings.prompt
+    return "\n".join(filter(None, (prompt, ", ".join(told))))
+
+
 def build(
     models: rows.Models,
-    words: Sequence[str],
+    fixed: Sequence[Value],
     settings: Settings,
     columns: Axis,
     rows_: Axis,
     pages: Axis,
 ) -> Grid:
-    """The grid of all combinations. `words` and `settings` hold where no axis says otherwise."""
+    """The grid of all combinations. `fixed` and `settings` hold where no axis says otherwise."""
     count = len(pages.values) * len(rows_.values) * len(columns.values)
     if count > MOST:
         raise Refusal(f"{count:,} pictures are more than a sheet has room for ({MOST:,})")
@@ -194,9 +226,7 @@ def build(
             for r, row in enumerate(rows_.values):
                 for c, column in enumerate(columns.values):
                     parts = (row, column, page)
-                    said = {k: v for part in parts for k, v in part.settings}
-                    model = recipe((*words, *(w for part in parts for w in part.words)))
-                    one = msgspec.structs.replace(settings, **said).checked()
-                    yield Cell(p, r, c, model, one)
+                    model = recipe(tuple(w for part in (*fixed, *parts) for w in part.words))
+                    yield Cell(p, r, c, model, applied(settings, parts))
 
     return Grid(rows_, columns, pages, tuple(cells()))

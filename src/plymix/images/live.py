@@ -17,6 +17,7 @@ from plymix.archs.dialects import shape_of, written
 from plymix.errors import Refusal
 from plymix.expr import Tensor, changed, numbered
 from plymix.formats.base import Source
+from plymix.metadata import CONFIG_KEY
 from plymix.plan import Plan
 
 COMPONENTS: Mapping[str, tuple[str, ...]] = {
@@ -25,13 +26,6 @@ COMPONENTS: Mapping[str, tuple[str, ...]] = {
     "sdxl": ("unet", "vae", "text_encoder", "text_encoder_2"),
 }
 """The parts of a pipeline, by architecture."""
-
-CONFIG_KEY = "plymix.model_config"
-"""Metadata of a checkpoint: what its shapes cannot tell, as JSON by component of the pipeline.
-
-    {"unet": {"norm_num_groups": 8, "attention_head_dim": 8}, "text_encoder":
-     {"num_attention_heads": 4}, "vae": {"norm_num_groups": 8}}
-"""
 
 ROOM = 64 << 20
 """Bytes of tensors computed before they are handed on."""
@@ -74,7 +68,11 @@ def parts(plan: Plan) -> dict[str, tuple[Tensor, ...]]:
 
 
 def hints(plan: Plan) -> dict[str, dict[str, Any]]:
-    """What is known of the components beyond their shapes: config files, or CONFIG_KEY."""
+    """What is known of the components beyond their shapes: config files, or CONFIG_KEY.
+
+        {"unet": {"norm_num_groups": 8, "attention_head_dim": 8},
+         "text_encoder": {"num_attention_heads": 4}, "vae": {"norm_num_groups": 8}}
+    """
     source = plan.base.source
     found: dict[str, dict[str, Any]] = {}
     for name, path in source.configs.items():

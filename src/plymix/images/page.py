@@ -17,7 +17,8 @@ body { margin: 1rem } h1 { font-size: 1.2rem } h2 { font-size: 1rem; white-space
 table { border-collapse: collapse } th { font-weight: 600; padding: .3rem; vertical-align: middle }
 thead th { position: sticky; top: 0; background: Canvas; z-index: 1 }
 tbody th { text-align: right; max-width: 16rem; overflow-wrap: anywhere }
-td { padding: 2px } td img { display: block; width: var(--size, 256px); height: auto; cursor: zoom-in }
+td { padding: 2px }
+td img { display: block; width: var(--size, 256px); height: auto; cursor: zoom-in }
 dialog { max-width: 95vw } dialog img { max-width: 90vw; max-height: 70vh; display: block }
 pre { white-space: pre-wrap; overflow-wrap: anywhere } label { margin-right: 1.5rem }
 """

@@ -18,6 +18,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 Denoise = Callable[[Any, float], Any]
@@ -86,7 +87,7 @@ def karras(levels: Schedule, steps: int, rho: float = 7.0) -> list[float]:
 
 
 def leading(levels: Schedule, steps: int) -> list[float]:
-    """Latent diffusion's DDIM: every (1000 // steps)-th step from 1 on; ends at step 0, not at 0."""
+    """Latent diffusion's DDIM: every (1000 // steps)-th step from 1 on; it ends at step 0."""
     gap = TRAINED // steps
     return [*(levels.sigmas[min(i * gap + 1, TRAINED - 1)] for i in range(steps)[::-1]),
             levels.sigmas[0]]  # fmt: skip
@@ -220,7 +221,7 @@ def lcm(denoise: Denoise, x: Any, sigmas: Sequence[float], noise: Noise) -> Any:
 
 
 def _pairs(sigmas: Sequence[float]) -> list[tuple[float, float]]:
-    return list(zip(sigmas, sigmas[1:], strict=False))
+    return list(pairwise(sigmas))
 
 
 class Way(NamedTuple):

@@ -50,7 +50,7 @@ class Pen:
             yield run, font
 
     def width(self, text: str) -> int:
-        return round(sum(font.getlength(run) for run, font in self.runs(text)))
+        return sum(round(font.getlength(run)) for run, font in self.runs(text))
 
     def write(self, draw: Any, at: tuple[int, int], text: str, ink: Any = INK) -> None:
         x, y = at

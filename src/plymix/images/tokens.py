@@ -12,6 +12,7 @@ import re
 import unicodedata
 from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 START, END = 49406, 49407
@@ -59,7 +60,7 @@ def _joined(word: str) -> tuple[str, ...]:
     _, ranks = _vocabulary()
     parts = [*word[:-1], word[-1] + "</w>"]
     while len(parts) > 1:
-        pairs = list(zip(parts, parts[1:], strict=False))
+        pairs = list(pairwise(parts))
         best = min(pairs, key=lambda pair: ranks.get(pair, len(ranks)))
         if best not in ranks:
             break
