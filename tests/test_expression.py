@@ -360,6 +360,44 @@ def test_a_session_goes_on_after_a_refused_change(folder):
         assert session.tensor(changed[0]).size
 
 
+@pytest.mark.parametrize("method", ["cosine_a", "cosine_b"])
+def test_a_session_knows_methods_that_look_at_all_tensors(method, folder):
+    """Where one block's weight moves, what the method learns from all blocks stays right."""
+    models = {n: str(folder / f"{n}.safetensors") for n in "ab"}
+    alpha = {"base": 0.5, "default": 0.5, "blocks": {"IN05": 0.5}}
+    step = {"method": method, "a": "a", "b": "b", "alpha": alpha}
+    found = plymix.recipe.from_dict({"models": models, "steps": {"mix": step}})
+    out, whole = (folder / f"{method}-{n}.safetensors" for n in ("session", "whole"))
+    with plymix.Session(found) as session:
+        session.write(out)
+        session.set("steps.mix.alpha.blocks.IN05", 0.125)
+        name = next(n for n in session.changed if ".input_blocks.5." in n)
+        seen = session.tensor(name)
+        session.write(out, force=True)
+        plymix.merge(session.recipe, whole)
+    assert out.read_bytes() == whole.read_bytes()
+    _, state, _ = tiny.read_safetensors(whole)
+    assert (seen == state[name].astype(np.float32)).all()
+
+
+def test_a_plan_tells_sources_apart_by_file(folder):
+    """The same place in another file is another value; a new number of a file is none."""
+    first, second, back = (
+        {
+            "models": {n: str(folder / f"{n}.safetensors") for n in names},
+            "output": {"from": names[0]},
+        }
+        for names in ("a", "b", "a")
+    )
+    step = {"mix": {"method": "weighted_sum", "a": "b", "b": "a", "alpha": 1.0}}
+    both = {"models": second["models"] | first["models"], "steps": step, "output": {"vae": "a"}}
+    with plymix.Session(plymix.recipe.from_dict(first)) as session:
+        assert len(session.change(plymix.recipe.from_dict(second))) == len(session.plan.tensors)
+        session.change(plymix.recipe.from_dict(back))
+        changed = session.change(plymix.recipe.from_dict(both))
+    assert all(session.plan.places[name].buffer for name in changed)
+
+
 def test_weights_that_are_not_one_model_are_noted(folder):
     a, b = (plymix.model(folder / f"{n}.safetensors") for n in "ab")
     assert any("sum to 2" in note for note in plymix.explain(a + b).notes)

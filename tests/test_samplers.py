@@ -114,7 +114,7 @@ def test_order_of_convergence(name):
 
 @pytest.mark.parametrize("name", ["euler_a", "dpmpp_sde"])
 def test_fresh_noise_keeps_the_spread(name):
-    """Data of a known spread comes out with that spread: the noise added is neither more nor less."""
+    """Data of a known spread comes out with that spread: no more noise is added than taken."""
     noise = draws(1, (40_000,))
     got = samplers.sample(name, ideal, noise, 60 if name == "dpmpp_sde" else 400, LEVELS)
     assert got.std() == pytest.approx(SPREAD, rel=0.03)

@@ -12,7 +12,9 @@ from plymix import api, engine, kernels
 from plymix import plan as planning
 from plymix import recipe as recipes
 from plymix.engine import ProgressCallback
+from plymix.engine.worker import prepare
 from plymix.errors import Refusal
+from plymix.expr import calls
 from plymix.expression import Expression
 from plymix.formats import Source, open_model
 from plymix.plan import Plan
@@ -68,7 +70,10 @@ class Session:
         if tensor is None:
             raise Refusal(f"the result has no tensor {name!r}")
         target = engine.MemoryTarget(tensor.nbytes)
-        engine.perform(engine.Job(self.plan.sources, target), [tensor], threads=1)
+        job = engine.Job(self.plan.sources, target)
+        if any(True for _ in calls(tensor.expr)):
+            prepare(job, self.plan.tensors)  # what a method learns, it learns from all of them
+        engine.perform(job, [tensor], threads=1)
         return kernels.float32(target.data, tensor.dtype).reshape(tensor.shape)
 
     def write(

@@ -14,6 +14,7 @@ from typing import Any
 
 from plymix import engine, pairing
 from plymix.archs.dialects import shape_of, written
+from plymix.engine.worker import prepare
 from plymix.errors import Refusal
 from plymix.expr import Tensor, changed, numbered
 from plymix.formats.base import Source
@@ -70,8 +71,8 @@ def parts(plan: Plan) -> dict[str, tuple[Tensor, ...]]:
 def hints(plan: Plan) -> dict[str, dict[str, Any]]:
     """What is known of the components beyond their shapes: config files, or CONFIG_KEY.
 
-        {"unet": {"norm_num_groups": 8, "attention_head_dim": 8},
-         "text_encoder": {"num_attention_heads": 4}, "vae": {"norm_num_groups": 8}}
+    {"unet": {"norm_num_groups": 8, "attention_head_dim": 8},
+     "text_encoder": {"num_attention_heads": 4}, "vae": {"norm_num_groups": 8}}
     """
     source = plan.base.source
     found: dict[str, dict[str, Any]] = {}
@@ -127,7 +128,7 @@ class Live:
         self._made, self.moved = (), 0
         touched = [t for t in tensors if t.name in names]
         job = engine.Job(self._sources.all, engine.MemoryTarget(0), device=self._device)
-        engine.prepare(job, touched)
+        prepare(job, touched)
         for batch in _batches(touched):
             target = engine.MemoryTarget(batch[-1].offset + batch[-1].nbytes)
             engine.perform(replace(job, target=target), batch, threads=self._threads)
