@@ -231,15 +231,22 @@ OUTPUT_FIELDS = {
     " [Buffers keep theirs](../decisions/01-buffers-are-never-cast.md).",
     "vae": "Whose VAE: a model of the recipe, a file, or `blend` (merged like the text encoder)."
     " Left out: [that of the base model](../decisions/02-the-vae-is-the-first-models.md).",
-    "text_encoder": "Whose text encoder: a model of the recipe or a file. Left out: merged by the"
-    " steps.",
+    "text_encoder": "Whose text encoders, all that it has: a model of the recipe or a file. Left"
+    " out: merged by the steps.",
+    "text_encoder_2": "The same for the second text encoder.",
+    "unet": "The same for the U-Net or transformer, with its markers (`v_pred`).",
+    "component": "Write this component alone: `vae`, `text_encoder`, `unet` ..., as `plymix archs"
+    " NAME` lists them, by the names that such files usually have.",
+    "prefix": "With `component`: by the names of a checkpoint.",
+    "drop": "What to leave out: components, `schedules` (of noise), `leftovers` (losses,"
+    " optimizers), keys `unknown` to the architecture, `metadata` other than ModelSpec's.",
     "ema": "EMA weights: `drop` them, `keep` the base model's as they are, `use` them as the"
     " weights, or `exchange` both."
     " [Why they are dropped](../decisions/03-ema-is-dropped.md).",
     "union": "Add the keys that the base model lacks.",
     "trim": "Drop the keys that another model lacks.",
-    "repair": "`position_ids` resets the text encoder's to 0..76; `names` writes keys in the"
-    " architecture's own spelling.",
+    "repair": "`position_ids` resets the text encoder's to 0..76; `names` writes text encoder keys"
+    " of the NovelAI era by their names of today.",
     "arch": "`any` merges key by key, whatever the models are; a file (`.toml`) or a table"
     " describes [an architecture of your own](../guide/own-architecture.md).",
     "allow_mixed_prediction": "Merge models that predict different things (epsilon and v).",
@@ -441,6 +448,7 @@ def keys(component: archs.model.Component) -> str:
 ALSO = {
     "plymix.recipe": ("load", "from_toml", "from_json", "to_toml", "to_json"),
     "plymix.replay": ("replay", "verify"),
+    "plymix.upkeep": ("Upkeep", "LeftOut", "Repair"),
     "plymix.weights": ("presets", "load_preset_file"),
     "plymix.inspection": ("Report",),
     "plymix.health": ("Health", "Finding"),

@@ -70,6 +70,7 @@ MODELS = {
     "xl-b": {"seed": 11, "arch": "sdxl"},
     "xl-v": {"seed": 12, "arch": "sdxl", "markers": ("v_pred", "ztsnr")},
     "sd-v1-4": {"seed": 13},
+    "old-anime": {"seed": 15, "nai": True},
     "wd-v1-3": {"seed": 14},
     **{f"m{i:02}": {"seed": 20 + i} for i in range(1, 11)},
 }

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from plymix.importers import import_recipe
     from plymix.inspection import inspect
     from plymix.recipe import Recipe
+    from plymix.upkeep import extract, prune, repair
 
 _HOMES = {
     "Cancelled": "errors",
@@ -40,12 +41,15 @@ _HOMES = {
     "Session": "session",
     "check": "health",
     "explain": "api",
+    "extract": "upkeep",
     "import_recipe": "importers",
     "inspect": "inspection",
     "merge": "api",
     "merge_method": "expression",
     "model": "expression",
     "open": "api",
+    "prune": "upkeep",
+    "repair": "upkeep",
     "two_models": "api",
 }
 
@@ -64,12 +68,15 @@ __all__ = [
     "__version__",
     "check",
     "explain",
+    "extract",
     "import_recipe",
     "inspect",
     "merge",
     "merge_method",
     "model",
     "open",
+    "prune",
+    "repair",
     "two_models",
 ]
 

@@ -118,7 +118,10 @@ def two_models(
     base: float | None = None,
     method: str = "weighted_sum",
     c: PathLike | None = None,
-    vae: str = "a",
+    vae: PathLike = "a",
+    text_encoder: PathLike = "",
+    text_encoder_2: PathLike = "",
+    unet: PathLike = "",
     dtype: str = "keep",
     ema: str = "drop",
     union: bool = False,
@@ -130,8 +133,10 @@ def two_models(
     `alpha` is the share of `b`: a number, a preset's name, a list of block weights, or a mapping as
     in a recipe. `presets` is a file of presets of your own (MBW's preset.tsv, supermerger's
     mbwpresets.txt), whose names `alpha` may use. `base` is the text encoder's share where `alpha`
-    is not a plain number. `vae` is "a", "b", "blend" or a file. `arch` is "any" for a plain merge
-    by key, or a file that describes an architecture of your own. Raises Refusal.
+    is not a plain number. `vae` is "a", "b", "blend" or a file; `text_encoder` (all there are),
+    `text_encoder_2` and `unet` (or transformer) are "a", "b", a file, or "" to be merged. `arch` is
+    "any" for a plain merge by key, or a file that describes an architecture of your own. Raises
+    Refusal.
     """
     models = {"a": os.fspath(a), "b": os.fspath(b)}
     step: dict[str, Any] = {"method": method, "a": "a", "b": "b"}
@@ -143,11 +148,14 @@ def two_models(
         models["c"] = os.fspath(c)
         step["c"] = "c"
     step["alpha"] = with_base(alpha, base, own_presets(presets))
-    vae = {"a": "", "b": "b", "c": "c", BLEND: BLEND}.get(vae.lower(), vae)
+    parts = {"text_encoder": text_encoder, "text_encoder_2": text_encoder_2, "unet": unet}
+    named = {part: os.fspath(p) for part, p in {"vae": vae, **parts}.items()}
+    letters = {part: p.lower() for part, p in named.items() if p.lower() in (*models, BLEND)}
+    named |= letters | ({"vae": ""} if letters.get("vae") == "a" else {})
     output = {
         "from": "merge",
         "dtype": dtype,
-        "vae": vae,
+        **named,
         "ema": ema,
         "union": union,
         "arch": os.fspath(arch),

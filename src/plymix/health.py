@@ -29,7 +29,7 @@ from plymix.formats import open_model
 from plymix.formats.base import BITS, Source, TensorInfo
 from plymix.inspection import has_places, paired_or_not, placed
 from plymix.pairing import Paired
-from plymix.plan import available_cpus
+from plymix.plan import MAX_IDS, available_cpus
 from plymix.recipe import DTYPES
 
 CHUNK = 1 << 20
@@ -108,7 +108,7 @@ def _health(source: Source, dtype: str, progress: ProgressCallback | None) -> He
         *_not_finite(scans, buffers),
         *_too_large(scans, buffers, dtype),
         *_all_zero(scans, buffers, detection),
-        *_position_ids(source),
+        *position_ids(source),
         *_missing(source, paired),
         *_unchecked(source),
     ]
@@ -288,7 +288,7 @@ _MAY_BE_ZERO = re.compile(r"bias$|pos_emb|position_emb|positional_emb|pad_token"
 
 def _buffers(source: Source, paired: Paired) -> frozenset[str]:
     """Keys of what is no weight: schedules, masks, markers."""
-    known = Names(shared_facts().buffers)
+    known = Names(shared_facts().unblended)
     return frozenset(
         info.name
         for info, place in placed(source, paired)
@@ -352,10 +352,7 @@ def _is_ids(key: str) -> bool:
     return key == "position_ids" or key.endswith(".position_ids")
 
 
-MAX_IDS = 1 << 16  # CLIP has 77; nobody has more than this
-
-
-def _position_ids(source: Source) -> Iterator[Finding]:
+def position_ids(source: Source) -> Iterator[Finding]:
     """Position ids are 0, 1, 2 ... as int64; blending them as weights gives wrong integers."""
     for key, info in source.tensors.items():
         if not _is_ids(key):
@@ -370,14 +367,13 @@ def _position_ids(source: Source) -> Iterator[Finding]:
         if wrong:
             text = (
                 f"{key} ({info.dtype}) is not 0..{last}: wrong at {listed(wrong)}; the text encoder"
-                " misplaces these tokens of a prompt; a merge with output.repair ="
-                ' ["position_ids"] puts them right'
+                " misplaces these tokens of a prompt; plymix repair puts them right"
             )
             yield Finding("error", "position_ids", text, (key,), len(wrong))
         elif info.dtype != "I64":
             text = (
                 f"{key} is {info.dtype}; expected I64. Its values 0..{last} are right, but a tool"
-                " that blends or casts it will spoil them"
+                " that blends or casts it will spoil them; plymix repair puts it right"
             )
             yield Finding("warning", "position_ids", text, (key,))
 

@@ -19,7 +19,7 @@ from msgspec.structs import replace
 from plymix import hashes
 from plymix.errors import Refusal
 from plymix.plan import Input, Plan
-from plymix.recipe import METADATA_KEY, Model, Recipe, Step, from_json, to_json
+from plymix.recipe import METADATA_KEY, PARTS, Model, Recipe, Step, from_json, to_json
 
 CONFIG_KEY = "plymix.model_config"
 """What shapes cannot tell of a model's networks, as JSON: `plymix.images.live` reads it."""
@@ -60,12 +60,26 @@ def recorded(plan: Plan) -> Recipe:
 def build(plan: Plan) -> dict[str, str]:
     """The result's metadata: text to text."""
     recipe = recorded(plan)
-    found = {METADATA_KEY: to_json(recipe), "format": "pt"}
+    found = {**_carried(plan), METADATA_KEY: to_json(recipe), "format": "pt"}
     if config := plan.base.source.metadata.get(CONFIG_KEY):
         found[CONFIG_KEY] = config
     found.update(_modelspec(plan, recipe))
     found.update(_a1111(plan, recipe))
     return found
+
+
+def _carried(plan: Plan) -> dict[str, str]:
+    """What the base says of itself and still holds where nothing was merged: author, licence ..."""
+    if plan.recipe.steps:
+        return {}
+    output = plan.recipe.output
+    spec_only = output.component or "metadata" in output.drop
+    own = ("plymix.", "modelspec.hash")
+    return {
+        key: value
+        for key, value in plan.base.source.metadata.items()
+        if not key.startswith(own) and (key.startswith("modelspec.") or not spec_only)
+    }
 
 
 def _modelspec(plan: Plan, recipe: Recipe) -> dict[str, str]:
@@ -78,14 +92,29 @@ def _modelspec(plan: Plan, recipe: Recipe) -> dict[str, str]:
         "date": recipe.output.date,
         "merged_from": ", ".join(dict.fromkeys(names)),
         "description": f"Merged with plymix: {formula(recipe)}",
+        **_own_words(plan, recipe),
     }
     if plan.arch is not None:
-        found["architecture"] = plan.arch.modelspec_id(plan.base.detection.variant)
-    if plan.base.prediction:
-        found["prediction_type"] = plan.base.prediction
+        found["architecture"] = plan.arch.modelspec_id(plan.denoiser.detection.variant)
+    other = plan.alone and plan.arch and plan.alone != plan.arch.denoiser.name
+    if other:
+        found["architecture"] += f"/{plan.alone}"
+    if plan.denoiser.prediction and not other:
+        found["prediction_type"] = plan.denoiser.prediction
     if resolution := plan.base.source.metadata.get("modelspec.resolution"):
         found["resolution"] = resolution
     return {f"modelspec.{key}": value for key, value in found.items() if value}
+
+
+def _own_words(plan: Plan, recipe: Recipe) -> dict[str, str]:
+    """Title and description of a model that nothing was merged into: its own."""
+    if recipe.steps:
+        return {}
+    said = plan.base.source.metadata
+    title = said.get("modelspec.title") or PurePath(plan.base.label).stem
+    words = {"title": recipe.output.title or f"{title} {plan.alone}".rstrip()}
+    own = said.get("modelspec.description", "")
+    return {**words, "description": own or f"Made with plymix: {formula(recipe)}"}
 
 
 def _a1111(plan: Plan, recipe: Recipe) -> dict[str, str]:
@@ -110,8 +139,8 @@ def _a1111(plan: Plan, recipe: Recipe) -> dict[str, str]:
         "config_source": 0,
         "bake_in_vae": by_name[recipe.output.vae].label if recipe.output.vae in by_name else "None",
         "discard_weights": "",
-        "is_inpainting": plan.base.detection.variant == "inpainting",
-        "is_instruct_pix2pix": plan.base.detection.variant == "pix2pix",
+        "is_inpainting": plan.denoiser.detection.variant == "inpainting",
+        "is_instruct_pix2pix": plan.denoiser.detection.variant == "pix2pix",
         "formula": formula(recipe),
     }
     models: dict[str, Any] = {}
@@ -148,14 +177,16 @@ def _parsed(text: str | None) -> Any:
 def formula(recipe: Recipe, name: str | None = None) -> str:
     """The merge as one line with file names: '(1 - a) sd.ckpt + a wd.ckpt, a = GRAD_V'."""
     if name is None:
-        given = {
-            part.replace("_", " "): getattr(recipe.output, part) for part in ("vae", "text_encoder")
-        }
+        output = recipe.output
+        given = {what: getattr(output, part) for part, what in PARTS.items()}
         parts = [
-            f"; {'VAE' if part == 'vae' else part} of {PurePath(recipe.models[n].file).name}"
-            for part, n in given.items()
+            f"; {what} of {PurePath(recipe.models[n].file).name}"
+            for what, n in given.items()
             if n in recipe.models and n != recipe.base()
         ]
+        parts += [f"; {output.component} alone"] if output.component else []
+        parts += [f"; without {', '.join(output.drop)}"] if output.drop else []
+        parts += [f"; repaired {', '.join(output.repair)}"] if output.repair else []
         return formula(recipe, recipe.final) + "".join(parts)
     if name not in recipe.steps:
         return PurePath(recipe.models[name].file).name

@@ -20,7 +20,8 @@ import msgspec
 
 from plymix import archs, pairing, weights
 from plymix.archs import Architecture, Detection, Place
-from plymix.archs.dialects import shape_of
+from plymix.archs.dialects import checkpoint_name, shape_of
+from plymix.archs.model import shared_facts
 from plymix.errors import Refusal, listed, unknown
 from plymix.expr import (
     Call,
@@ -44,9 +45,12 @@ from plymix.expr import (
 from plymix.formats import open_model, writer_for
 from plymix.formats.base import WHOLE, Entry, Layout, Source, TensorInfo
 from plymix.formats.diffusers import MODEL_INDEX
-from plymix.pairing import Paired
-from plymix.recipe import BLEND, DTYPES, Recipe, Step
+from plymix.pairing import DIFFUSERS, Paired
+from plymix.recipe import BLEND, DROPS, DTYPES, PARTS, Recipe, Step
 from plymix.registry import Method, Param, get_method
+
+MAX_IDS = 1 << 16
+"""More position ids than this are none: CLIP has 77."""
 
 ANY = "ALL"
 """The one block of a plain merge by key (`arch = "any"`)."""
@@ -102,6 +106,7 @@ class Plan:
     recipe: Recipe
     inputs: tuple[Input, ...]
     base: Input
+    denoiser: Input  # whose U-Net or transformer the result has: the base, or output.unet
     arch: Architecture | None
     tensors: tuple[Tensor, ...]
     places: Mapping[str, Place]  # by output name
@@ -109,6 +114,7 @@ class Plan:
     dropped: Mapping[str, Mapping[str, tuple[str, ...]]]  # input name -> rule -> keys
     unmatched: Mapping[str, tuple[str, ...]]  # input name -> keys that another model lacks
     notes: tuple[str, ...]
+    alone: str = ""  # the one component that the result holds; "": all
     weights: Mapping[str, Mapping[str, weights.Resolved]] = field(default_factory=dict)
 
     @property
@@ -275,7 +281,7 @@ class _Planner:
         for name in needed:
             self.by_name[name] = self._open(name)
         if self.any and recipe.parts:
-            raise Refusal("vae and text_encoder need a known architecture; leave out --arch any")
+            raise Refusal(f"{listed(PARTS)} need a known architecture; leave out --arch any")
         self.base = self.by_name[recipe.base()]
         self._not_quantised()
         self._same_architecture()
@@ -300,11 +306,14 @@ class _Planner:
         ):
             self.notes.append(f"ema = {recipe.output.ema}: no model has EMA weights")
         self.swaps = self._component_swaps()
+        self.alone = self._alone()
+        self.completed = self._completed()
         self._dialects()
         self.followed = {archs.ema_key(key): key for key in self.base.tensors}
         self.adjusted = _Adjustment(recipe.output.adjust, self.arch)
         tensors, places, fates = self._tensors()
-        tensors, places, fates = self._respelt(tensors, places, fates)
+        if not recipe.output.component:
+            tensors, places, fates = self._respelt(tensors, places, fates)
         self._idle_rules()
         dropped, unmatched = self._account(tensors)
         self._nothing_matched(tensors)
@@ -317,6 +326,7 @@ class _Planner:
             recipe=recipe,
             inputs=tuple(self.inputs),
             base=self.base,
+            denoiser=self.swaps.get(self.arch.denoiser.name, self.base) if self.arch else self.base,
             arch=self.arch,
             tensors=tensors,
             places=places,
@@ -324,6 +334,7 @@ class _Planner:
             dropped=dropped,
             unmatched=unmatched,
             notes=tuple(dict.fromkeys(self.notes)),
+            alone=self.alone,
             weights={name: s.resolved for name, s in self.settings.items()},
         )
 
@@ -394,8 +405,11 @@ class _Planner:
         self.arch, self.blocks, self.short = base.arch, base.arch.blocks, base.arch.short
         for i in self.by_name.values():
             if i.strangers:
-                added = "added" if self.recipe.output.union else "left out"
-                self._strange(i, i.strangers, "copied" if i is self.base else added)
+                output = self.recipe.output
+                kept = i is self.base or output.union
+                fate = ("copied" if i is self.base else "added") if kept else "left out"
+                dropped = output.component or "unknown" in output.drop
+                self._strange(i, i.strangers, "left out" if dropped else fate)
 
     def _strange(self, i: Input, keys: Sequence[str], fate: str) -> None:
         self.notes.append(
@@ -403,6 +417,8 @@ class _Planner:
         )
 
     def _not_quantised(self) -> None:
+        if not self.recipe.steps and self.recipe.output.dtype == "keep":
+            return  # nothing is computed
         for i in self.by_name.values():
             quantised = archs.quantised(i.source.tensors)
             if quantised:
@@ -458,21 +474,65 @@ class _Planner:
         encoders = [c.name for c in self.arch.components if c.name.startswith("text_encoder")]
         swaps: dict[str, Input] = {}
         if output.vae != BLEND:
-            swaps["vae"] = self._part(output.vae, "vae") if output.vae else self.base
+            swaps["vae"] = self._part("vae", "vae") if output.vae else self.base
         if output.text_encoder:
-            part = self._part(output.text_encoder, *encoders)
+            part = self._part("text_encoder", *encoders)
             swaps.update(dict.fromkeys(encoders, part))
+        if output.text_encoder_2:
+            if "text_encoder_2" not in encoders:
+                raise Refusal(f"{self.short} has no second text encoder; use text_encoder")
+            swaps["text_encoder_2"] = self._part("text_encoder_2", "text_encoder_2")
+        if output.unet:
+            denoiser = self.arch.denoiser.name
+            swaps[denoiser] = self._part("unet", denoiser)
         for component, part in swaps.items():
             if part is not self.base:
                 self._complete(component, part)
         return swaps
 
-    def _part(self, name: str, *components: str) -> Input:
-        """The model called `name` as the giver of `components`."""
-        what = "VAE" if components == ("vae",) else "text encoder"
+    def _completed(self) -> bool:
+        """Whether a denoiser alone becomes a checkpoint, whose names its keys take then."""
+        output, detection = self.recipe.output, self.base.detection
+        others = {c for c, part in self.swaps.items() if part is not self.base}
+        if self.arch is None or output.component or not others - {self.arch.denoiser.name}:
+            return False
+        if detection.kind != "denoiser" or detection.prefix or self.base.paired.dialect:
+            return False
+        self.notes.append(f"the result is a checkpoint and has the names of {self.short} ones")
+        return True
+
+    def _alone(self) -> str:
+        """The one component the result is to hold; "" for all."""
+        output = self.recipe.output
+        names = [name for name in output.drop if name not in DROPS]
+        if self.arch is None:
+            if output.component or names:
+                raise Refusal(
+                    f"{self.base.label} is {self.base.detection.title}: plymix does not know its"
+                    f" components; without them it can drop {listed(DROPS)}"
+                )
+            return ""
+        for name in names:
+            try:
+                self.arch.component(name)
+            except Refusal as e:
+                raise Refusal(f"{e}; or {listed(DROPS)}") from None
+        if not output.component:
+            return ""
+        component = self.arch.component(output.component)
+        giver = self.swaps.get(component.name, self.base)
+        if component.name not in giver.components | self.base.components:
+            there = (c.name for c in self.arch.components if c.name in self.base.components)
+            raise Refusal(f"{giver.label} has no {component.name}; it has {listed(there)}")
+        return component.name
+
+    def _part(self, field: str, *components: str) -> Input:
+        """The model that the output's `field` names, as the giver of `components`."""
+        name, what = getattr(self.recipe.output, field), PARTS[field]
         part = self.by_name.get(name)
         if part is None:
-            part = next((i for i in self.inputs if i.name == name), None) or self._open_part(name)
+            known = (i for i in self.inputs if i.name == name)
+            part = next(known, None) or self._open_part(name, components)
             theirs = part.detection.arch
             if part.detection.kind in ("checkpoint", "denoiser") and theirs != self.arch:
                 raise Refusal(
@@ -486,16 +546,18 @@ class _Planner:
             )
         return part
 
-    def _open_part(self, name: str) -> Input:
-        """A component file: its keys are read as the base architecture spells them."""
+    def _open_part(self, name: str, components: Sequence[str]) -> Input:
+        """A file of `components`: its keys are read as the base architecture spells them."""
         assert self.arch is not None
         source = self.open_file(name)
         paired = pairing.pair(source, self.arch, self.own)
         places: dict[str, Place] = {}
         tensors: dict[str, TensorInfo] = {}
         strangers: list[str] = []
-        for key, info in paired.tensors.items():
-            place = self.arch.place(key)
+        homes = self._homes(paired, components)
+        found = {**paired.tensors, **{key: source.tensors[key] for key in paired.unpaired}}
+        for key, info in found.items():
+            place = self._part_place(key, components, homes)
             if place is None or place.key in tensors:
                 strangers.append(key)
                 continue
@@ -503,7 +565,31 @@ class _Planner:
             places[place.key] = place
         return self._opened(name, source, paired, tensors, places, strangers)
 
+    def _homes(self, paired: Paired, components: Sequence[str]) -> list[str]:
+        """What may stand before the keys of a file of `components` alone; nothing for a model."""
+        assert self.arch is not None
+        model = paired.detection.arch is not None and not paired.dialect
+        return [] if model else [home for name in components for home in self.arch.homes(name)]
+
+    def _part_place(
+        self, key: str, components: Sequence[str], homes: Sequence[str]
+    ) -> Place | None:
+        """Where `key` of a file of `components` belongs: as in the base, else as tables say."""
+        assert self.arch is not None
+        known = next((home + key for home in homes if home + key in self.base.places), None)
+        if known is not None:
+            return self.base.places[known]
+        place = self.arch.place(key)
+        if not homes or (place and place.component in components):
+            return place
+        named = (checkpoint_name(self.arch, DIFFUSERS, name, key) for name in components)
+        known = next(filter(None, named), None)
+        return self.arch.place(known) if known else None
+
     def _complete(self, component: str, part: Input) -> None:
+        assert self.arch is not None
+        if component == self.arch.denoiser.name:
+            return  # it comes whole, whatever its variant: nothing of the base's is left
         wanted = {
             k: self.base.tensors[k]
             for k, p in self.base.places.items()
@@ -548,11 +634,13 @@ class _Planner:
         places: dict[str, Place] = {}
         fates: dict[str, Fate] = {}
         for key, place in self._keys():
-            made = self._tensor(key, place)
+            made = None if self._left_out(key, place) else self._tensor(key, place)
             if made is None:
                 continue
             expr, shape, dtype, why = made
             name = self._spelling(key)
+            if name in places:
+                raise Refusal(f"two tensors of {self.alone} would be called {name}; say prefix")
             tensors.append(Tensor(name, dtype, shape, expr))
             places[name] = place
             if isinstance(expr, Leaf):
@@ -563,10 +651,15 @@ class _Planner:
 
     def _spelling(self, key: str) -> str:
         """The output's name of a key: the base model's, else its first owner's."""
-        if "names" in self.recipe.output.repair:
+        if self.alone and not self.recipe.output.prefix:
+            assert self.arch is not None
+            return self.arch.alone(key, self.arch.component(self.alone))
+        if self.completed:
             return key
         if key in self.base.tensors:
-            return self.base.tensors[key].name
+            name = self.base.tensors[key].name
+            old = "names" in self.recipe.output.repair and self.arch and self.arch.old_name(name)
+            return key if old else name
         return next(i.tensors[key].name for i in self.inputs if key in i.tensors)
 
     def _respelt(
@@ -577,7 +670,8 @@ class _Planner:
         made = {tensor.name: tensor for tensor in tensors}
         own = bool(paired.spelling) and made.keys() <= set(paired.names.values())
         if paired.unpaired:
-            self._strange(base, paired.unpaired, "copied" if own else "left out")
+            kept = own and "unknown" not in self.recipe.output.drop
+            self._strange(base, paired.unpaired, "copied" if kept else "left out")
         if not own:
             if paired.dialect:
                 self.notes.append(
@@ -593,7 +687,7 @@ class _Planner:
             out.append(replace(whole, name=key, shape=shape, expr=expr))
         places = {key: places[home] for key, home in homes.items()}
         fates = {key: fates[home] for key, home in homes.items()}
-        for key in paired.unpaired:
+        for key in () if "unknown" in self.recipe.output.drop else paired.unpaired:
             info = base.source.tensors[key]
             out.append(Tensor(key, info.dtype, info.shape, Leaf(base.index, info)))
             places[key] = Place(key, "extra", "BUFFER", "BUFFER", True)
@@ -608,7 +702,7 @@ class _Planner:
         seen = set(self.base.places)
         for component, part in self.swaps.items():
             for key, place in part.places.items():
-                if key not in seen and place.component == component:
+                if key not in seen and component in (place.component, self._owner(key, place)):
                     seen.add(key)
                     yield key, place
         if self.recipe.output.union:
@@ -617,6 +711,35 @@ class _Planner:
                     if key not in seen and place.component not in (*self.swaps, "ema"):
                         seen.add(key)
                         yield key, place
+
+    def _owner(self, key: str, place: Place) -> str:
+        """The component a tensor goes with: a marker with the denoiser, "ema" with nothing."""
+        if place.component != "extra" or self.arch is None:
+            return place.component
+        return self.arch.owner(key)
+
+    def _left_out(self, key: str, place: Place) -> str:
+        """The rule of the output that leaves `key` out; "" for none."""
+        output = self.recipe.output
+        if not output.drop and not self.alone:
+            return ""
+        owner = self._owner(key, place)
+        if self.alone and owner != self.alone:
+            return f"component = {output.component}"
+        for name in output.drop:
+            if (
+                (name == "schedules" and archs.is_schedule(key))
+                or (name == "leftovers" and archs.is_leftover(key))
+                or (name == "unknown" and key in self.strange)
+                or (name not in DROPS and self.arch and owner == self.arch.component(name).name)
+            ):
+                return f"drop = {name}"
+        return ""
+
+    @cached_property
+    def strange(self) -> frozenset[str]:
+        """Keys that the architecture does not know."""
+        return frozenset(key for i in self.inputs for key in i.strangers)
 
     def _trimmed(self, key: str, place: Place) -> bool:
         """Whether `trim` drops a key of the base: another model lacks it."""
@@ -629,6 +752,10 @@ class _Planner:
             return self._ema_tensor(key)
         swap = self.swaps.get(place.component)
         if place.buffer:
+            giver = self.swaps.get(self._owner(key, place))
+            if giver and key in archs.markers((key,)) and key not in giver.tensors:
+                return None  # it said how another denoiser was trained
+            swap = swap or giver
             owner = next(
                 i for i in (swap or self.base, self.base, *self.inputs) if key in i.tensors
             )
@@ -667,9 +794,10 @@ class _Planner:
         self, key: str, info: TensorInfo, owner: int
     ) -> tuple[Expr, tuple[int, ...], str, str]:
         """A buffer is never blended and never cast: in 16 bits a noise schedule is a wrong one."""
-        if "position_ids" in self.recipe.output.repair and key.endswith(".position_ids"):
-            ids = b"".join(i.to_bytes(8, "little") for i in range(info.numel))
-            return Const(ids, "I64", info.shape), info.shape, "I64", "position_ids reset"
+        ids = key.endswith(".position_ids") and info.numel <= MAX_IDS
+        if ids and "position_ids" in self.recipe.output.repair:
+            known = b"".join(i.to_bytes(8, "little") for i in range(info.numel))
+            return Const(known, "I64", info.shape), info.shape, "I64", "position_ids reset"
         return Leaf(owner, info), info.shape, info.dtype, "buffer"
 
     def _dtype(self, info: TensorInfo) -> str:
@@ -877,6 +1005,7 @@ class _Planner:
                 for key, place in i.places.items()
                 if (key in strangers or not place.buffer)
                 and place.component not in (*self.swaps, "ema")
+                and not self._left_out(key, place)
                 and not all(key in m.tensors for m in others)
             ),
             *(k for k in i.paired.unpaired if not all(k in m.paired.unpaired for m in others)),
@@ -885,6 +1014,10 @@ class _Planner:
     def _drop_rule(self, i: Input, key: str) -> str:
         """Why a key of `i` that the other models have is not in the output."""
         output, place = self.recipe.output, i.places[key]
+        if place.component == "ema" and output.ema != "keep":
+            return f"ema = {output.ema}"
+        if rule := self._left_out(key, place):
+            return rule
         if place.component == "ema":
             return f"ema = {output.ema}"
         swap = self.swaps.get(place.component)
@@ -922,6 +1055,8 @@ def _unblendable(info: TensorInfo, any_arch: bool) -> bool:
 def _any_place(key: str) -> Place:
     """Where a key belongs when nobody knows the architecture."""
     buffer = archs.is_buffer(key)
+    if key.startswith(shared_facts().ema):
+        return Place(key, "ema", "EMA", "EMA", buffer)
     return Place(key, "model", "BUFFER" if buffer else ANY, ANY, buffer)
 
 

@@ -33,6 +33,17 @@ METADATA_KEY = "plymix.recipe"
 DTYPES = {"keep": "", "fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 EMA = ("drop", "keep", "use", "exchange")
 REPAIRS = ("position_ids", "names")
+PARTS = {
+    "vae": "VAE",
+    "text_encoder": "text encoder",
+    "text_encoder_2": "second text encoder",
+    "unet": "denoiser",
+}
+"""Fields of the output that take components from a model or a file, and what each takes."""
+
+DROPS = ("schedules", "leftovers", "unknown", "metadata")
+"""What `output.drop` may name besides the components of an architecture."""
+
 BLEND = "blend"
 """Reserved value of `output.vae`: merge the VAE like the text encoder."""
 
@@ -69,10 +80,15 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     """What is made of the last step's result.
 
     vae           a model, a file, or "blend" (merged like the text encoder); "": the base model's
-    text_encoder  a model or a file; "": merged by the steps
+    text_encoder  a model or a file, for all text encoders it has; "": merged by the steps
+    text_encoder_2, unet   the same for the second text encoder and the U-Net or transformer
+    component     the result is this component alone, by the names of such files; `prefix`: by those
+                  of a checkpoint
+    drop          what to leave out: components, noise "schedules", "leftovers" of training, keys
+                  "unknown" to the architecture, "metadata" that says nothing of the model
     ema           drop; keep the base's as they are; use them as the weights; exchange both
     union, trim   add keys that the base lacks; drop keys that another model lacks
-    repair        "position_ids" resets CLIP's to 0..76, "names" writes canonical key names
+    repair        "position_ids" resets CLIP's to 0..76, "names" writes old text encoder names anew
     adjust        detail, contrast, brightness, colour; saturation (VAE), cfg (cross-attention)
     arch          "any": a plain merge by key; a file (.toml) that describes the architecture; or
                   what such a file says, as a table
@@ -83,6 +99,11 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     dtype: str = "keep"
     vae: str = ""
     text_encoder: str = ""
+    text_encoder_2: str = ""
+    unet: str = ""
+    component: str = ""
+    prefix: bool = False
+    drop: tuple[str, ...] = ()
     ema: str = "drop"
     union: bool = False
     trim: bool = False
@@ -104,7 +125,7 @@ class Recipe(msgspec.Struct, frozen=True):
     @property
     def parts(self) -> tuple[str, ...]:
         """Models that the output takes components from."""
-        named = (self.output.vae, self.output.text_encoder)
+        named = (getattr(self.output, part) for part in PARTS)
         return tuple(dict.fromkeys(n for n in named if n in self.models))
 
     @property
@@ -211,7 +232,7 @@ def from_dict(found: Any) -> Recipe:
             raise Refusal(f"{name!r} is both a model and a step; rename one")
     output = _output(_table("output", found.get("output", {})), models, steps)
     recipe = Recipe(models, steps, output)
-    for part in ("vae", "text_encoder"):
+    for part in PARTS:
         recipe = _with_part(recipe, part)
     _check_references(recipe)
     return recipe

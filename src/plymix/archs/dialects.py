@@ -117,6 +117,18 @@ def written(arch: Architecture, dialect: str, component: str, shapes: Shapes) ->
     return Pairing(views, unpaired)
 
 
+def checkpoint_name(arch: Architecture, dialect: str, component: str, key: str) -> str | None:
+    """What a checkpoint calls `key` of a file of `component` alone, under its canonical names.
+
+    None where the component has no such key. Where no table says more than the prefix, any key is
+    taken for one.
+    """
+    if (arch.name, component) not in tables(dialect):
+        return next((home + key for home in arch.homes(component)), None)
+    table = table_for(arch, dialect, component, (key,))
+    return table.prefix + key if table.ours.find(key) else None
+
+
 def inverse(views: Views, shapes: Shapes) -> dict[str, tuple[View, ...]]:
     """The way back of `views`, whose keys' shapes are `shapes`: each key's views of the names.
 

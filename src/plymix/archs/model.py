@@ -113,6 +113,54 @@ class Architecture(Family, frozen=True, kw_only=True, forbid_unknown_fields=True
         own = (v.modelspec for v in self.variants if v.name == variant and v.modelspec)
         return next(own, self.modelspec)
 
+    def component(self, name: str) -> Component:
+        """The component called `name`; "unet", "transformer" and "denoiser" are the denoiser.
+
+        Raises Refusal with the nearest names.
+        """
+        if name in ("unet", "transformer", "denoiser"):
+            return self.denoiser
+        known = {component.name: component for component in self.components}
+        if name not in known:
+            raise unknown(f"component of {self.short}", name, known)
+        return known[name]
+
+    def owner(self, key: str) -> str:
+        """The component that `key` goes with, known or not; "" for none.
+
+        Markers of how a model was trained go with the denoiser.
+        """
+        key = self._table.respelled(key)
+        return self.denoiser.name if key in shared_facts().markers else self._table.owner(key) or ""
+
+    def old_name(self, key: str) -> str:
+        """The canonical name of a text encoder's key that is spelt as in old files; "" for others.
+
+        '...transformer.encoder.layers.0.x' -> '...transformer.text_model.encoder.layers.0.x'
+        """
+        place = self.place(key)
+        if place is None or place.key == key or not place.component.startswith("text_encoder"):
+            return ""
+        home = self.component(place.component).prefixes[0]
+        return place.key if key.startswith(home) else ""
+
+    def homes(self, name: str) -> tuple[str, ...]:
+        """What may stand before the keys of a file of the component `name`, in a checkpoint."""
+        prefixes = self.component(name).prefixes[:1]
+        return tuple(p + w for p in prefixes for w in (*shared_facts().wrappers, ""))
+
+    def alone(self, key: str, component: Component) -> str:
+        """The canonical `key` as a file that holds nothing but `component` has it.
+
+        'cond_stage_model.transformer.text_model.x' -> 'text_model.x'
+        """
+        prefix = component.prefixes[0] if component.prefixes else shared_facts().prefixes[0]
+        name = key.removeprefix(prefix)
+        if component.name.startswith("text_encoder"):
+            wrappers = (w for w in shared_facts().wrappers if name.startswith(w))
+            name = name.removeprefix(next(wrappers, ""))
+        return name
+
     def place(self, key: str) -> Place | None:
         """Where `key` belongs, in any spelling of its own layout; None: no key of this model."""
         known = self._places
@@ -196,7 +244,7 @@ class _Table:
         denoiser, *others = arch.components
         self._home = shared.prefixes[0]
         self._denoiser = _Blocks(denoiser, frozenset(arch.blocks))
-        self.is_buffer = Names((*shared.buffers, *shared.markers, *arch.buffers)).__contains__
+        self.is_buffer = Names((*shared.unblended, *arch.buffers)).__contains__
         # (canonical prefix, name, blocks) of every component
         self.components = [(self._home, denoiser.name, self._denoiser)]
         self.components += [(c.prefixes[0], c.name, _Blocks(c)) for c in others]
@@ -272,11 +320,19 @@ class Shared(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     parts: tuple[str, ...]
     ema: str
     buffers: tuple[str, ...]
+    schedules: tuple[str, ...]
+    leftovers: tuple[str, ...]
+    wrappers: tuple[str, ...]
     quantised: dict[str, tuple[str, ...]]
     markers: dict[str, str]
     bare: dict[str, tuple[str, ...]]
     lora: LoraFacts
     kinds: tuple[Kind, ...]
+
+    @property
+    def unblended(self) -> tuple[str, ...]:
+        """Names of what is never blended in any architecture."""
+        return (*self.buffers, *self.schedules, *self.markers)
 
 
 def decode(path: Path, type: type[T]) -> T:
@@ -368,14 +424,23 @@ def markers(keys: Iterable[str]) -> dict[str, str]:
 
 
 @cache
-def _shared_buffers() -> Names:
-    shared = shared_facts()
-    return Names((*shared.buffers, *shared.markers))
+def _named(field: str) -> Names:
+    return Names(getattr(shared_facts(), field))
+
+
+def is_schedule(key: str) -> bool:
+    """Whether `key` is a table of a noise schedule."""
+    return key in _named("schedules")
+
+
+def is_leftover(key: str) -> bool:
+    """Whether `key` is of use to training alone."""
+    return key in _named("leftovers")
 
 
 def is_buffer(key: str) -> bool:
     """Whether `key` is a buffer or marker in any architecture."""
-    return key in _shared_buffers()
+    return key in _named("unblended")
 
 
 def quantised(keys: Collection[str]) -> dict[str, str]:

@@ -72,6 +72,10 @@ def mbw(
     ] = None,
     presets: Presets = "",
     arch: Arch = "",
+    vae: Annotated[str, option("Take the VAE from this file.", metavar="FILE", default=False)] = "",
+    text_encoder: Annotated[
+        str, option("Take the text encoder from this file.", metavar="FILE", default=False)
+    ] = "",
     verbose: Annotated[
         bool, option("Show each block's ratio before merging.", default=False)
     ] = False,
@@ -100,11 +104,15 @@ def mbw(
     path = Path(output or default_name(model_1, model_2))
     api.ready(path, force)
     note_presets(presets)
-    recipe, shares, notes = classic(model_1, model_2, base_alpha, weights, presets, arch)
+    recipe, shares, notes = classic(
+        model_1, model_2, base_alpha, weights, presets, arch, vae=vae, text_encoder=text_encoder
+    )
     with planned(recipe) as plan:
         for text in notes:
             screen.note(text)
         formula = classic_formula(Path(model_1).name, Path(model_2).name, shares, weights)
+        for what, file in (("VAE", vae), ("text encoder", text_encoder)):
+            formula += f"; {what} of {Path(file).name}" if file else ""
         if verbose and not json:
             show_blocks(api.explained(plan).blocks, (Path(model_1).name, Path(model_2).name))
         result = carry_out(plan, path, 0, device)
@@ -121,6 +129,9 @@ def classic(
     weights: str | None,
     presets: str = "",
     arch: str = "",
+    *,
+    vae: str = "",
+    text_encoder: str = "",
 ) -> tuple[Recipe, dict[str, float], tuple[str, ...]]:
     """The recipe of `mbw`, model 1's share in BASE (and VAE) and each block, and notes.
 
@@ -147,7 +158,9 @@ def classic(
                 "blocks": [rest(value) for value in found.blocks.values()],
             }
             shares |= found.blocks
-    recipe = api.two_models(model_1, model_2, alpha=alpha, vae="blend", arch=arch)
+    recipe = api.two_models(
+        model_1, model_2, alpha=alpha, vae=vae or "blend", text_encoder=text_encoder, arch=arch
+    )
     return recipe, shares, notes
 
 

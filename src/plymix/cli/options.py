@@ -116,6 +116,22 @@ class Merge:
     vae: Annotated[
         str, option("Whose VAE: a, b, c, blend or a file.", metavar="a|b|c|blend|FILE")
     ] = "a"
+    text_encoder: Annotated[
+        str,
+        option(
+            "Take the text encoder (all of them) from here, whole.",
+            metavar="a|b|c|FILE",
+            default=False,
+        ),
+    ] = ""
+    text_encoder_2: Annotated[
+        str,
+        option("The same for the second text encoder.", metavar="a|b|c|FILE", default=False),
+    ] = ""
+    unet: Annotated[
+        str,
+        option("The same for the U-Net or transformer.", metavar="a|b|c|FILE", default=False),
+    ] = ""
     dtype: Annotated[Dtype, option("Number format of the result.")] = "keep"
     ema: Annotated[
         Literal["drop", "keep", "use"],

@@ -1,0 +1,235 @@
+"""What is done to one model around a merge: take a component out, prune it, repair it.
+
+    plymix.extract("a.safetensors", "vae", "vae.safetensors")
+    plymix.prune("a.ckpt", "a-pruned.safetensors", dtype="fp16").saved
+    plymix.repair("old.safetensors", "mended.safetensors").repairs
+
+Each is a recipe with one model, no step and a few fields of the output; so it streams, its result
+says what it was made from, and `replay` and `verify` work on it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Union
+
+from plymix import api, metadata, pairing
+from plymix import plan as planning
+from plymix import recipe as recipes
+from plymix.formats import Source, open_model
+from plymix.plan import MAX_IDS, Plan
+from plymix.recipe import Recipe
+
+if TYPE_CHECKING:
+    from plymix.engine import ProgressCallback
+
+PathLike = Union[str, "os.PathLike[str]"]
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Tensors that a rule kept out of the result; `nbytes` is their size in the file.
+
+    Of an extracted component the rest of the model is not told.
+    """
+
+    rule: str
+    nbytes: int
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Repair:
+    """One thing put right. `kind` is "position_ids", "names" or "contiguous"."""
+
+    kind: str
+    key: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Upkeep:
+    """What became of a model, or, where `path` is None, what would.
+
+    `before` and `after` are the sizes of its files in bytes, `tensors` how many the result has.
+    """
+
+    path: Path | None
+    formula: str
+    tensors: int
+    before: int
+    after: int
+    left_out: tuple[LeftOut, ...] = ()
+    repairs: tuple[Repair, ...] = ()
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+    @property
+    def saved(self) -> int:
+        """Bytes by which the result is smaller."""
+        return self.before - self.after
+
+    def to_dict(self) -> dict[str, Any]:
+        path = str(self.path) if self.path else None
+        return {**asdict(self), "path": path, "saved": self.saved}
+
+
+def extract(
+    model: PathLike,
+    component: str,
+    out: PathLike | None = None,
+    *,
+    keep_prefix: bool = False,
+    dtype: str = "keep",
+    ema: str = "drop",
+    dry_run: bool = False,
+    force: bool = False,
+    threads: int = 0,
+    progress: ProgressCallback | None = None,
+) -> Upkeep:
+    """Write one component of `model` into the file `out`.
+
+    `component` is one that `plymix archs NAME` lists: "vae", "text_encoder", "unet", ... The result
+    has the names that such files usually have, or, with `keep_prefix`, those it has in the model.
+    `ema="use"` takes the EMA weights of the denoiser. With `dry_run` nothing is written. Raises
+    Refusal.
+    """
+    output = {"component": component, "prefix": keep_prefix, "dtype": dtype, "ema": ema}
+    recipe = _recipe(model, **output)
+    return _made(recipe, out, dry_run=dry_run, force=force, threads=threads, progress=progress)
+
+
+def prune(
+    model: PathLike,
+    out: PathLike | None = None,
+    *,
+    drop: Sequence[str] = (),
+    ema: str = "drop",
+    dtype: str = "keep",
+    dry_run: bool = False,
+    force: bool = False,
+    threads: int = 0,
+    progress: ProgressCallback | None = None,
+) -> Upkeep:
+    """Write `model` into the file `out` without what only training needs.
+
+    EMA weights are left out, kept, or with `ema="use"` put in place of the others. `drop` names
+    more: components, "schedules" (of noise), keys "unknown" to the architecture, "metadata" that
+    says nothing of the model. With `dry_run` nothing is written. Raises Refusal.
+    """
+    wanted = dict.fromkeys(("leftovers", *drop))
+    recipe = _recipe(model, drop=list(wanted), ema=ema, dtype=dtype, **_any(model))
+    return _made(recipe, out, dry_run=dry_run, force=force, threads=threads, progress=progress)
+
+
+def repair(
+    model: PathLike,
+    out: PathLike | None = None,
+    *,
+    dry_run: bool = False,
+    force: bool = False,
+    threads: int = 0,
+    progress: ProgressCallback | None = None,
+) -> Upkeep:
+    """Write `model` into the file `out` with what is broken in it put right, and nothing else.
+
+    CLIP position ids that are not 0..76 in int64, text encoder names of the NovelAI era, tensors
+    that do not lie in one piece. Where nothing is broken, nothing is written. Raises Refusal.
+    """
+    with open_model(model) as source:
+        broken = tuple(_broken(source))
+        before = source.nbytes
+        tensors = len(source.tensors)
+        name = source.path.name
+    if not broken:
+        return Upkeep(None, name, tensors, before, before)
+    kinds = {one.kind for one in broken}
+    named = [name for name in recipes.REPAIRS if name in kinds]
+    recipe = _recipe(model, repair=named, ema="keep", **_any(model))
+    made = _made(recipe, out, dry_run=dry_run, force=force, threads=threads, progress=progress)
+    return replace(made, repairs=broken)
+
+
+def _recipe(model: PathLike, **output: Any) -> Recipe:
+    file = os.fspath(model)
+    name = recipes.model_name(file, ())
+    return recipes.from_dict({"models": {name: file}, "output": output})
+
+
+def _any(model: PathLike) -> dict[str, str]:
+    """`arch = "any"` for a file that is no model of an architecture that plymix knows."""
+    with open_model(model) as source:
+        found = pairing.pair(source).detection
+    known = found.arch is not None and found.kind in ("checkpoint", "denoiser")
+    return {} if known else {"arch": "any"}
+
+
+def _made(
+    recipe: Recipe,
+    out: PathLike | None,
+    *,
+    dry_run: bool,
+    force: bool,
+    threads: int,
+    progress: ProgressCallback | None,
+) -> Upkeep:
+    if out is not None or not dry_run:
+        path = api.output_path(recipe, out)
+        api.ready(path, force)
+    else:
+        path = Path("result.safetensors")
+    with planning.build(recipe) as plan:
+        told = Upkeep(
+            path=None,
+            formula=metadata.formula(recipe),
+            tensors=len(plan.tensors),
+            before=plan.base.source.nbytes,
+            after=0,
+            left_out=tuple(_left_out(plan)),
+            notes=plan.notes,
+        )
+        if dry_run:
+            return replace(told, after=plan.layout(path, metadata.build(plan))[1].size)
+        done = api.run(plan, path, threads=threads, progress=progress)
+    return replace(told, path=path, after=done.nbytes, notes=done.notes, seconds=done.seconds)
+
+
+def _left_out(plan: Plan) -> Iterator[LeftOut]:
+    base = plan.base
+    rules = {**plan.dropped[base.name], "not in the result": plan.unmatched[base.name]}
+    for rule, keys in rules.items():
+        if keys and not rule.startswith("component ="):
+            yield LeftOut(rule, sum(_size(base, key) for key in keys), tuple(keys))
+
+
+def _size(base: planning.Input, key: str) -> int:
+    info = base.source.tensors.get(key) or base.paired.tensors[key]
+    return info.nbytes
+
+
+# --- what is broken -----------------------------------------------------------------------------
+
+
+def _broken(source: Source) -> Iterator[Repair]:
+    """What `repair` puts right in a file."""
+    from plymix.health import position_ids
+
+    for finding in position_ids(source):
+        (key,) = finding.keys
+        info = source.tensors[key]
+        if info.numel > MAX_IDS:
+            continue
+        wrong = f"{finding.elements} wrong" if finding.elements else "right"
+        text = f"{info.dtype}, {wrong} of {info.numel}; now 0..{info.numel - 1} as I64"
+        yield Repair("position_ids", key, text)
+    arch = pairing.unpaired(source).detection.arch
+    for key, info in source.tensors.items():
+        if arch and (name := arch.old_name(key)):
+            yield Repair("names", key, f"now {name}")
+        if info.strides is not None:
+            yield Repair(
+                "contiguous", key, f"lay in strides of {[*info.strides]}; now in one piece"
+            )
