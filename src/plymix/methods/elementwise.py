@@ -10,7 +10,7 @@ from typing import Annotated
 import numpy as np
 
 from plymix.methods import Array
-from plymix.methods.arrays import choose, clip, lerp, namespace, normal
+from plymix.methods.arrays import choose, clip, lerp, namespace, normal, signed
 from plymix.methods.linear import keeps_scale
 from plymix.registry import Range, method
 
@@ -34,11 +34,11 @@ def geometric_sum(a: Array, b: Array, *, alpha: Annotated[float, UNIT] = 0.5) ->
     if alpha in (0, 1):
         return b if alpha else a
     xp = namespace(a, b)
-    up, down = math.cos(math.pi * alpha), math.cos(math.pi * (1 - alpha))
-    m = xp.abs(a) ** (1 - alpha) * xp.abs(b) ** alpha
-    below = a < 0
-    crossed = choose(below, m * down, m * up)
-    return choose(below == (b < 0), xp.copysign(m, a), crossed)
+    r = xp.abs(a) ** (1 - alpha)
+    r *= xp.abs(b) ** alpha
+    r = signed(r, a)
+    r *= choose((a < 0) ^ (b < 0), math.cos(math.pi * alpha), 1.0)  # cos(pi (1 - x)) = -cos(pi x)
+    return r
 
 
 @method("elementwise")
@@ -62,14 +62,14 @@ def multiply_difference(
     if alpha == beta and alpha in (0, 1):
         return b if alpha else a
     xp = namespace(a, b, c)
-    size_a, size_b = xp.abs(a - c), xp.abs(b - c)
-    if alpha == 0:  # 0 ** 0 is 1 and would move what B left alone
-        size = size_a
-    elif alpha == 1:
-        size = size_b
-    else:
-        size = size_a ** (1 - alpha) * size_b**alpha
-    return c + xp.copysign(size, lerp(a, b, beta) - c)
+    # 0 ** 0 is 1 and would move what a model left alone
+    sizes = [xp.abs(x - c) ** e for x, e in ((a, 1 - alpha), (b, alpha)) if e]
+    size = sizes[0]
+    for other in sizes[1:]:
+        size *= other
+    r = signed(size, lerp(a, b, beta) - c)
+    r += c
+    return r
 
 
 @method("elementwise")
@@ -107,8 +107,13 @@ def train_difference(a: Array, b: Array, c: Array, *, alpha: float = 1.0) -> Arr
     """
     xp = namespace(a, b, c)
     d, distance = b - c, xp.abs(b - a)
-    s = distance / clip(distance + xp.abs(d), LEAST)
-    return a + s * d * (1.8 * alpha)
+    whole = xp.abs(d)
+    whole += distance
+    distance /= clip(whole, LEAST)
+    d *= distance
+    d *= 1.8 * alpha
+    d += a
+    return d
 
 
 @method("elementwise")
