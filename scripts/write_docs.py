@@ -27,6 +27,7 @@ from cyclopts import Parameter  # noqa: E402
 
 import plymix  # noqa: E402
 from plymix import api, archs, cli, recipe, registry, weights  # noqa: E402
+from plymix.archs.views import CLASSIC, view  # noqa: E402
 from plymix.cli import looking, merging, screen, showing  # noqa: E402
 
 GENERATED = (
@@ -249,6 +250,8 @@ OUTPUT_FIELDS = {
     " of the NovelAI era by their names of today.",
     "arch": "`any` merges key by key, whatever the models are; a file (`.toml`) or a table"
     " describes [an architecture of your own](../guide/own-architecture.md).",
+    "block_view": "Whose blocks the weights are for, where tools disagree: see"
+    " [block views](architectures.md#block-views).",
     "allow_mixed_prediction": "Merge models that predict different things (epsilon and v).",
     "adjust": "Detail, contrast and colour, set on the finished model; see [below](#adjust).",
     "title": "The title in the result's metadata.",
@@ -416,15 +419,15 @@ def architectures() -> Iterator[str]:
             for a in every
         ],
     )
+    yield from block_views(every)
     for arch in every:
         yield from (f"## {arch.title}", "")
         kinds = list(dict.fromkeys(v.title or v.name for v in arch.variants))
         if kinds:
             yield from (f"Also as {', '.join(kinds)} model.", "")
-        lists = arch.lists or {
-            len(arch.blocks): arch.blocks,
-            len(arch.blocks) + 1: ("BASE", *arch.blocks),
-        }
+        lists = looking.lists(arch)
+        if finer := [*arch.parts, *(n for n in arch.outside if n != "BASE")]:
+            yield from (f"Finer names: {code(*finer)}.", "")
         yield from table(
             ("numbers", "for"), [(str(n), weights.spans(b)) for n, b in sorted(lists.items())]
         )
@@ -435,11 +438,51 @@ def architectures() -> Iterator[str]:
         yield from table(("component", "keys begin with", "blocks"), rows)
 
 
+def block_views(every: list[archs.Architecture]) -> Iterator[str]:
+    yield from (
+        "## Block views",
+        "",
+        "Tools disagree about what belongs to which block. `--block-view` (in a recipe `block_view`"
+        " in `[output]`) says whose blocks the weights of a merge are for: lists have their numbers"
+        " in that tool's order, tables their names, and `plymix explain` shows them.",
+        "",
+        "A table, and a rule, may also use finer names than blocks: parts of them (`TIME`, `LABEL`,"
+        " `OUT`), single text encoders (`CLIP_L`), the `VAE`. A finer name wins over its block.",
+        "",
+    )
+    tools = archs.model.shared_facts().views
+    yield from table(
+        ("view", "of", "merges", "for"),
+        [
+            (
+                f"`{name}`",
+                tool.title,
+                f"tensors with {' or '.join(code(w) for w in tool.words)} in their names; the"
+                " others stay the first model's"
+                if tool.words
+                else "every tensor",
+                "every architecture"
+                if name == CLASSIC
+                else ", ".join(a.short for a in every if name in a.views),
+            )
+            for name, tool in tools.items()
+        ],
+    )
+    rows = []
+    for arch in every:
+        for name in arch.views:
+            seen = view(arch, name)
+            moved = [f"`{part}` is {to}'s" for part, to in seen.moves.items()]
+            if part := "; ".join([weights.spans(seen.blocks), *moved]):
+                rows.append((arch.short, f"`{name}`", str(len(seen.blocks)), part))
+    yield from table(("architecture", "view", "numbers", "for"), rows)
+
+
 def keys(component: archs.model.Component) -> str:
     """'`time_embed.` IN00, ...'"""
     if not component.blocks:
         return component.block.split()[0]
-    told = [f"`{key}` {block.split()[0]}" for key, block in component.blocks.items()]
+    told = [f"`{key}` {block.replace(' ', '/')}" for key, block in component.blocks.items()]
     return "; ".join(told)
 
 

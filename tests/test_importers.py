@@ -261,6 +261,15 @@ def test_supermerger_modes(changes, method, params):
     assert (step.method, step.params) == (method, params)
 
 
+def test_supermerger_has_its_own_view_of_the_blocks():
+    assert supermerger().recipe.output.block_view == "supermerger"
+    numbers = [i / 64 for i in range(61)]
+    step = only_step(supermerger(weights_alpha=numbers[:21], base_alpha=None))
+    assert step.params["alpha"] == {"base": 0.0, "blocks": numbers[1:20]}
+    step = only_step(supermerger(weights_alpha=numbers, base_alpha=None))
+    assert step.params["alpha"] == {"blocks": numbers}
+
+
 def test_supermerger_names_what_it_cannot_say():
     found = supermerger(Exclude=["IN01"], future=3)
     assert any("Exclude" in note for note in found.notes)
@@ -439,6 +448,19 @@ def test_comfyui_sliders_by_key(kind, tmp_path):
         ratio = sliders[max(fits, key=len, default=next(iter(sliders)))]
         expected = ratio * a[key].astype(float) + (1 - ratio) * b[key].astype(float)
         assert abs(got[key] - expected).max() < 1e-7, key
+
+
+def test_comfyui_sliders_of_blocks_become_a_table_of_its_view():
+    prompt = comfy()
+    prompt["3"]["class_type"] = "ModelMergeFlux1"
+    sliders = {"img_in.": 0.5, "guidance_in": 0.75, "double_blocks.0.": 0.25, "final_layer.": 1.0}
+    prompt["3"]["inputs"] = {"model1": ["1", 0], "model2": ["2", 0], **sliders}
+    found = read(prompt)
+    assert found.recipe.output.block_view == "comfyui"
+    alpha = {"IMG": 0.5, "GUIDANCE": 0.25, "D00": 0.75, "OUT": 0.0}
+    assert only_step(found).params["alpha"]["blocks"] == alpha
+    assert only_step(found).params["alpha"]["default"] == 0.5
+    assert read(comfy()).recipe.output.block_view == "classic"
 
 
 def test_comfyui_the_longest_slider_wins():

@@ -566,7 +566,7 @@ def test_lists(tmp_path, arch, blocks):
                 else:
                     alpha = dict(zip(names, numbers, strict=True)).get(place.block, base)
                     assert terms.get(1, 0.0) == alpha
-    for wrong in (blocks - 1, blocks + 2, 1, 0):
+    for wrong in (blocks - 1, blocks + 3, 1, 0):
         said = refusal(*files, alpha=[0.5] * wrong)
         assert str(blocks) in said
         assert str(blocks + 1) in said

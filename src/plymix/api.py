@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Union, cast
 from plymix import hashes, metadata, weights
 from plymix import plan as planning
 from plymix import recipe as recipes
+from plymix.archs.views import CLASSIC
 from plymix.errors import Refusal, listed, unknown
 from plymix.expr import Leaf
 from plymix.formats import Source, open_model, writer_for
@@ -78,6 +79,7 @@ class Explanation:
 
     formula: str
     architecture: str
+    block_view: str  # whose blocks they are
     blocks: tuple[Share, ...]
     merged: int
     copied: int
@@ -126,6 +128,7 @@ def two_models(
     ema: str = "drop",
     union: bool = False,
     arch: PathLike = "",
+    block_view: str = "classic",
     allow_mixed_prediction: bool = False,
 ) -> Recipe:
     """The recipe of a merge of two models (three with `c`): what the command `merge` runs.
@@ -135,8 +138,8 @@ def two_models(
     mbwpresets.txt), whose names `alpha` may use. `base` is the text encoder's share where `alpha`
     is not a plain number. `vae` is "a", "b", "blend" or a file; `text_encoder` (all there are),
     `text_encoder_2` and `unet` (or transformer) are "a", "b", a file, or "" to be merged. `arch` is
-    "any" for a plain merge by key, or a file that describes an architecture of your own. Raises
-    Refusal.
+    "any" for a plain merge by key, or a file that describes an architecture of your own.
+    `block_view` says whose blocks the weights are for. Raises Refusal.
     """
     models = {"a": os.fspath(a), "b": os.fspath(b)}
     step: dict[str, Any] = {"method": method, "a": "a", "b": "b"}
@@ -159,6 +162,7 @@ def two_models(
         "ema": ema,
         "union": union,
         "arch": os.fspath(arch),
+        "block_view": block_view,
         "allow_mixed_prediction": allow_mixed_prediction,
     }
     return recipes.from_dict({"models": models, "steps": {"merge": step}, "output": output})
@@ -374,7 +378,7 @@ def explained(plan: Plan) -> Explanation:
     """The account of a plan, for people and for JSON."""
     from plymix.expr import calls, leaf_terms
 
-    order = [*(plan.arch.blocks if plan.arch else ()), "BASE", "VAE", "EMA", "BUFFER"]
+    order = [*plan.view.blocks, "BASE", "VAE", "EMA", "BUFFER"]
     rows: dict[tuple[str, str], list[Any]] = {}
     for tensor in plan.tensors:
         place = plan.places[tensor.name]
@@ -415,7 +419,9 @@ def explained(plan: Plan) -> Explanation:
         )
     return Explanation(
         formula=metadata.formula(plan.recipe),
-        architecture=plan.base.detection.title,
+        architecture=plan.base.detection.title
+        + (f", blocks of {plan.view.title}" if plan.recipe.output.block_view != CLASSIC else ""),
+        block_view=plan.recipe.output.block_view,
         blocks=tuple(blocks),
         merged=plan.merged,
         copied=plan.copied,

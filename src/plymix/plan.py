@@ -22,6 +22,7 @@ from plymix import archs, pairing, weights
 from plymix.archs import Architecture, Detection, Place
 from plymix.archs.dialects import checkpoint_name, shape_of
 from plymix.archs.model import shared_facts
+from plymix.archs.views import CLASSIC, View, view
 from plymix.errors import Refusal, listed, unknown
 from plymix.expr import (
     Call,
@@ -114,6 +115,7 @@ class Plan:
     dropped: Mapping[str, Mapping[str, tuple[str, ...]]]  # input name -> rule -> keys
     unmatched: Mapping[str, tuple[str, ...]]  # input name -> keys that another model lacks
     notes: tuple[str, ...]
+    view: View  # the blocks by which weights are given
     alone: str = ""  # the one component that the result holds; "": all
     weights: Mapping[str, Mapping[str, weights.Resolved]] = field(default_factory=dict)
 
@@ -287,7 +289,7 @@ class _Planner:
         self._same_architecture()
         self._same_prediction()
         self.settings = {
-            name: _Settings(name, recipe.steps[name], self.blocks, self.short, self._wide_base)
+            name: _Settings(name, recipe.steps[name], self.view, self.short, self._wide_base)
             for name in recipe.order()
         }
         for settings in self.settings.values():
@@ -306,6 +308,7 @@ class _Planner:
         ):
             self.notes.append(f"ema = {recipe.output.ema}: no model has EMA weights")
         self.swaps = self._component_swaps()
+        self._idle_parts()
         self.alone = self._alone()
         self.completed = self._completed()
         self._dialects()
@@ -334,6 +337,7 @@ class _Planner:
             dropped=dropped,
             unmatched=unmatched,
             notes=tuple(dict.fromkeys(self.notes)),
+            view=self.view,
             alone=self.alone,
             weights={name: s.resolved for name, s in self.settings.items()},
         )
@@ -388,8 +392,10 @@ class _Planner:
 
     def _same_architecture(self) -> None:
         if self.any:
+            if self.recipe.output.block_view != CLASSIC:
+                raise Refusal("--block-view needs a known architecture; leave out --arch any")
             self.arch = None
-            self.blocks: tuple[str, ...] = (ANY,)
+            self.view = View("any", "any", (ANY,), {}, ())
             self.short = "any architecture"
             return
         for i in self.by_name.values():
@@ -402,7 +408,11 @@ class _Planner:
                     " they cannot be merged; choose two models of one architecture"
                 )
         assert base.arch is not None
-        self.arch, self.blocks, self.short = base.arch, base.arch.blocks, base.arch.short
+        self.arch, self.short = base.arch, base.arch.short
+        there = {place.block for i in self.by_name.values() for place in i.places.values()}
+        self.view = view(base.arch, self.recipe.output.block_view, there)
+        if self.view.tool != CLASSIC:
+            self._see_blocks()
         for i in self.by_name.values():
             if i.strangers:
                 output = self.recipe.output
@@ -410,6 +420,14 @@ class _Planner:
                 fate = ("copied" if i is self.base else "added") if kept else "left out"
                 dropped = output.component or "unknown" in output.drop
                 self._strange(i, i.strangers, "left out" if dropped else fate)
+
+    def _see_blocks(self) -> None:
+        """The places of all inputs in the blocks of the view."""
+        for i in self.inputs:
+            places = {key: self.view.place(place) for key, place in i.places.items()}
+            self.inputs[i.index] = replace(i, places=places)
+        self.by_name = {name: self.inputs[i.index] for name, i in self.by_name.items()}
+        self.base = self.inputs[self.base.index]
 
     def _strange(self, i: Input, keys: Sequence[str], fate: str) -> None:
         self.notes.append(
@@ -562,7 +580,7 @@ class _Planner:
                 strangers.append(key)
                 continue
             tensors[place.key] = info
-            places[place.key] = place
+            places[place.key] = self.view.place(place)
         return self._opened(name, source, paired, tensors, places, strangers)
 
     def _homes(self, paired: Paired, components: Sequence[str]) -> list[str]:
@@ -772,13 +790,23 @@ class _Planner:
             shape, dtype = info.shape, self._dtype(leaf.info)
             why = "" if swap is self.base else f"{place.component} of {swap.label}"
         else:
-            value = self._value(self.recipe.final, key, place)
+            kept = self._kept(key)
+            value = kept or self._value(self.recipe.final, key, place)
             if value is None:
                 return None
             expr, shape = value
             first = next(i for i in (self.base, *self.inputs) if key in i.tensors)
-            dtype, why = self._dtype(first.tensors[key]), ""
+            dtype = self._dtype(first.tensors[key])
+            why = f"{self.view.title} leaves it" if kept else ""
         return self.adjusted(key, expr, shape), shape, dtype, why
+
+    def _kept(self, key: str) -> tuple[Expr, tuple[int, ...]] | None:
+        """The base's tensor, where the view's tool would leave it; None where it merges it."""
+        info = self.base.tensors.get(key)
+        if info is None or self.view.merges(info.name):
+            return None
+        leaf = self._leaf(self.base, key)
+        return None if leaf is None else (leaf, leaf.info.shape)
 
     def _ema_tensor(self, key: str) -> tuple[Expr, tuple[int, ...], str, str] | None:
         """EMA weights are kept as the base has them, or exchanged with the weights they follow."""
@@ -941,9 +969,27 @@ class _Planner:
 
     # --- accounts -------------------------------------------------------------------------------
 
+    def _idle_parts(self) -> None:
+        """Note weights of parts, text encoders or the VAE of which nothing is merged."""
+        merged = {
+            name
+            for place in self.base.places.values()
+            if not place.buffer and place.component not in (*self.swaps, "ema")
+            for name in (place.part, place.block)
+        }
+        for step, settings in self.settings.items():
+            for param, found in settings.resolved.items():
+                for name in (n for n in found.parts if n not in merged):
+                    why = f"{self.base.label} has no such tensor to merge"
+                    if swap := self.swaps.get("vae") if name == "VAE" else None:
+                        why = f'the VAE is {swap.label}\'s; vae = "blend" would merge it'
+                    elif name in self.view.moves:
+                        why = f"{self.view.title} has it in {self.view.moves[name]}"
+                    self.notes.append(f"steps.{step}.{param}: {name} does nothing: {why}")
+
     def _idle_rules(self) -> None:
         at = [
-            (p.block, k)
+            (p.block, k, p.part)
             for k, p in self.base.places.items()
             if not p.buffer and p.component != "ema" and p.component not in self.swaps
         ]
@@ -1027,6 +1073,8 @@ class _Planner:
             return f"unknown to {self.short}"
         if place.buffer:
             return f"buffers are {self.base.label}'s"
+        if self._kept(key):
+            return f"{self.view.title} leaves them"
         if output.ema == "use" and archs.ema_key(key) in i.tensors:
             return "ema = use"
         return "weight 0"
@@ -1201,7 +1249,7 @@ class _Settings:
         self,
         name: str,
         step: Step,
-        blocks: tuple[str, ...],
+        view: View,
         title: str,
         base_default: Callable[[Param, str], float],
     ) -> None:
@@ -1210,7 +1258,7 @@ class _Settings:
         self.method: Method = get_method(step.method)
         self.where = f"steps.{name}"
         self.rules = weights.parse_rules(step.rules, field=f"{self.where}.rules")
-        self.rule_blocks = (*blocks, "BASE", "VAE")
+        self.rule_blocks = tuple(dict.fromkeys((*view.blocks, "BASE", "VAE", *view.names)))
         self.resolved: dict[str, weights.Resolved] = {}
         self.lists: dict[str, list[weights.Resolved]] = {}
         self.notes: list[str] = []
@@ -1223,15 +1271,18 @@ class _Settings:
         def resolve(value: Any, param: Param, field: str) -> weights.Resolved:
             one = replace(param, type=float)
             found = weights.resolve(
-                weights.from_toml(value, field=field, blocks=blocks),
-                blocks,
+                weights.from_toml(value, field=field, blocks=view.blocks),
+                view.blocks,
                 arch_title=title,
                 field=field,
+                lists=view.lists,
+                names=view.names,
             )
             base = base_default(param, name) if found.base is None else found.base
-            found = weights.Resolved(base, found.blocks, found.notes)
+            found = weights.Resolved(base, found.blocks, found.notes, found.parts)
             self.notes += found.notes
-            values = {base, *found.blocks.values(), *self._rule_values(param)}
+            values = {base, *found.blocks.values(), *found.parts.values()}
+            values.update(self._rule_values(param))
             for at in values:
                 one.check(at, self.where)
             far = sorted(v for v in values if not 0 <= v <= 1)
@@ -1263,8 +1314,13 @@ class _Settings:
         return list(value)
 
     def at(self, resolved: weights.Resolved, place: Place) -> float:
-        if place.block in resolved.blocks:
-            return resolved.blocks[place.block]
+        for table, name in (
+            (resolved.parts, place.part),
+            (resolved.blocks, place.block),
+            (resolved.parts, place.block),
+        ):
+            if name in table:
+                return table[name]
         assert resolved.base is not None
         return resolved.base
 
@@ -1274,7 +1330,9 @@ class _Settings:
         for name, resolved in self.resolved.items():
             value = self.at(resolved, place)
             if name == self.ruled and self.rules:
-                value = weights.apply_rules(self.rules, place.block, key, value, self.rule_blocks)
+                value = weights.apply_rules(
+                    self.rules, place.block, key, value, self.rule_blocks, place.part
+                )
             found[name] = value
         first = len(self.method.inputs) if self.method.variadic else 0
         for name, entries in self.lists.items():

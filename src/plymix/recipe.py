@@ -92,6 +92,7 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     adjust        detail, contrast, brightness, colour; saturation (VAE), cfg (cross-attention)
     arch          "any": a plain merge by key; a file (.toml) that describes the architecture; or
                   what such a file says, as a table
+    block_view    whose blocks the weights are for: "classic", "supermerger" or "comfyui"
     """
 
     from_: str = ""
@@ -109,6 +110,7 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     trim: bool = False
     repair: tuple[str, ...] = ()
     arch: str | dict[str, Any] = ""
+    block_view: str = "classic"
     allow_mixed_prediction: bool = False
     adjust: dict[str, Any] = {}
     title: str = ""

@@ -82,6 +82,7 @@ Own = Mapping[str, Sequence[float]]
 """The user's own presets by name, as `load_preset_file` gives them."""
 
 _NO_PRESETS: Own = MappingProxyType({})
+_NO_LISTS: Mapping[int, Sequence[str]] = MappingProxyType({})
 
 
 class Preset(msgspec.Struct, frozen=True):
@@ -110,12 +111,14 @@ class Preset(msgspec.Struct, frozen=True):
 class Resolved(msgspec.Struct, frozen=True):
     """One number per block. `base` is None when the setting does not say; the caller decides.
 
-    `notes` are sentences a user should see ("the SD1 list was converted ...").
+    `notes` are sentences a user should see ("the SD1 list was converted ..."). `parts` are numbers
+    of names that are no blocks: parts of one (TIME), a text encoder (CLIP_L, T5), the VAE.
     """
 
     base: float | None
     blocks: dict[str, float]
     notes: tuple[str, ...] = ()
+    parts: dict[str, float] = {}
 
 
 # ---------------------------------------------------------------------------- text, TOML and JSON
@@ -569,8 +572,13 @@ def resolve(
     base: float | None = None,
     arch_title: str = "SD1",
     field: str = "alpha",
+    lists: Mapping[int, Sequence[str]] = _NO_LISTS,
+    names: Sequence[str] = (),
 ) -> Resolved:
     """One number for each of `blocks`, and for BASE if the setting says one.
+
+    `lists` says what lists of other lengths are for (BASE, the blocks, VAE), and `names` what a
+    table may name besides the blocks.
 
     `base` is a weight for BASE that was given apart from the setting (`--base-alpha`). A number is
     for every block and for BASE; a preset's own BASE yields to one that is given, a list's must not
@@ -591,9 +599,12 @@ def resolve(
     whole = weight if isinstance(weight, Blocks) else Blocks(weight)
     listed = preset_base = None
     notes: list[str] = []
+    parts: dict[str, float] = {}
     match whole.blocks:
         case Named(pairs):
-            values = _fill(pairs, whole.default or 0.0, blocks, arch_title, field)
+            said = _named(pairs, (*blocks, *names), arch_title, field)
+            values = [said.pop(block, whole.default or 0.0) for block in blocks]
+            parts = said
         case Curve() as curve:
             at = _along(curve)
             values = [_number(at(x), f"{field}: the curve") for x in _grid(len(blocks))]
@@ -603,12 +614,13 @@ def resolve(
         case tuple(numbers):
             expected = SD1_BLOCKS if whole.convert else blocks
             title = "an SD1 list" if whole.convert else arch_title
-            listed, values = _split(numbers, expected, blocks, title, field)
+            others = {} if whole.convert else lists
+            listed, values, parts = _split(numbers, expected, blocks, title, field, others)
             if whole.convert:
                 values = _from_sd1(values, blocks, arch_title, field, notes)
-    said = {"base": whole.base, "the list's first value": listed, "what was given apart": base}
-    chosen = _settle(said, preset_base, field, notes)
-    return Resolved(chosen, dict(zip(blocks, values, strict=True)), tuple(notes))
+    bases = {"base": whole.base, "the list's first value": listed, "what was given apart": base}
+    chosen = _settle(bases, preset_base, field, notes)
+    return Resolved(chosen, dict(zip(blocks, values, strict=True)), tuple(notes), parts)
 
 
 def _settle(
@@ -625,22 +637,19 @@ def _settle(
     return chosen
 
 
-def _fill(
-    pairs: Iterable[tuple[str, float]],
-    default: float,
-    blocks: Sequence[str],
-    arch_title: str,
-    field: str,
-) -> list[float]:
+def _named(
+    pairs: Iterable[tuple[str, float]], names: Sequence[str], arch_title: str, field: str
+) -> dict[str, float]:
+    """A number for each of `names` that the pairs name."""
     by: dict[str, tuple[str, float]] = {}
     for text, value in pairs:
-        for name in _select(text.split(), blocks, f"block of {arch_title} in {field}"):
+        for name in _select(text.split(), names, f"block of {arch_title} in {field}"):
             if name in by:
                 raise Refusal(
                     f"{field}: {name} is set by {by[name][0]!r} and by {text!r}; name a block once"
                 )
             by[name] = (text, value)
-    return [by[name][1] if name in by else default for name in blocks]
+    return {name: value for name, (_, value) in by.items()}
 
 
 def _split(
@@ -649,19 +658,23 @@ def _split(
     blocks: Sequence[str],
     title: str,
     field: str,
-) -> tuple[float | None, list[float]]:
-    """(BASE or None, one value per expected block)."""
+    lists: Mapping[int, Sequence[str]] = _NO_LISTS,
+) -> tuple[float | None, list[float], dict[str, float]]:
+    """(BASE or None, one value per expected block, those of other names)."""
     n = len(expected)
-    if len(numbers) not in (n, n + 1):
+    rows = {n: tuple(expected), n + 1: ("BASE", *expected), **lists}
+    if len(numbers) not in rows:
         sd1 = len(numbers) in (25, 26) and set(blocks) < set(SD1_BLOCKS)
         hint = '; to use an SD1 list write {blocks = [...], convert = "sd1"}' if sd1 else ""
         given = "1 number" if len(numbers) == 1 else f"{len(numbers)} numbers"
+        more = [f", or {m}: {spans(row)}" for m, row in rows.items() if m not in (n, n + 1)]
         raise Refusal(
             f"{field}: {given} given; {title} wants {n}: {spans(expected)},"
-            f" or {n + 1} with BASE first{hint}"
+            f" or {n + 1} with BASE first{''.join(more)}{hint}"
         )
-    extra = len(numbers) - n
-    return (numbers[0] if extra else None), list(numbers[extra:])
+    found = dict(zip(rows[len(numbers)], numbers, strict=True))
+    base = found.pop("BASE", None)
+    return base, [found.pop(block) for block in expected], found
 
 
 def _from_sd1(
@@ -696,7 +709,7 @@ def _fit(
 ) -> tuple[float | None, list[float]]:
     """(BASE or None, one value per block) of a preset."""
     name = preset.name
-    base, values = _split(preset.values, preset.blocks, blocks, name, field)
+    base, values, _ = _split(preset.values, preset.blocks, blocks, name, field)
     if preset.remark:
         notes.append(f"{field}: {name} is used as published: {preset.remark}")
     if convert:
@@ -767,15 +780,18 @@ class Rule(msgspec.Struct, frozen=True):
         elements = " ".join(("NOT",) * self.not_elements + self.elements)
         return f"{blocks}:{elements}:{self.ratio!r}"
 
-    def matches(self, block: str, key: str, blocks: tuple[str, ...]) -> bool:
+    def matches(self, block: str, key: str, blocks: tuple[str, ...], part: str = "") -> bool:
         """Whether the rule is for `key`, which lies in `block` (one of `blocks`, BASE or VAE).
 
+        `part` is a finer name of its place that a rule may use too, if `blocks` has it.
         Element words without a dot are looked for behind the denoiser's prefix: every key of a
         U-Net has "model.diffusion_model." in it, and so "ff", "model" and "fusion". Raises Refusal
         where the rule names a block that the model does not have.
         """
-        if self.blocks and (block in _reach(self.blocks, blocks)) == self.not_blocks:
-            return False
+        if self.blocks:
+            reach = _reach(self.blocks, blocks)
+            if (block in reach or part in reach) == self.not_blocks:
+                return False
         if not self.elements:
             return True
         rest = key.removeprefix(DENOISER)
@@ -819,18 +835,25 @@ def _negated(text: str, where: str) -> tuple[bool, tuple[str, ...]]:
 
 
 def apply_rules(
-    rules: Iterable[Rule], block: str, key: str, value: float, blocks: tuple[str, ...]
+    rules: Iterable[Rule],
+    block: str,
+    key: str,
+    value: float,
+    blocks: tuple[str, ...],
+    part: str = "",
 ) -> float:
     """The ratio of the last rule that matches, or `value`, the block's, if none does."""
     for rule in rules:
-        if rule.matches(block, key, blocks):
+        if rule.matches(block, key, blocks, part):
             value = rule.ratio
     return value
 
 
 def idle_rules(
-    rules: Iterable[Rule], keys: Iterable[tuple[str, str]], blocks: tuple[str, ...]
+    rules: Iterable[Rule], keys: Iterable[tuple[str, ...]], blocks: tuple[str, ...]
 ) -> tuple[Rule, ...]:
-    """The rules that match none of the (block, key) pairs; a planner should name them."""
-    pairs = list(keys)
-    return tuple(r for r in rules if not any(r.matches(b, k, blocks) for b, k in pairs))
+    """The rules that match none of the (block, key) or (block, key, part) rows."""
+    rows = list(keys)
+    return tuple(
+        r for r in rules if not any(r.matches(b, k, blocks, *part) for b, k, *part in rows)
+    )

@@ -70,6 +70,17 @@ class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     modelspec: str = ""
 
 
+class OwnView(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a tool divides an architecture, where not as its `blocks`: see `plymix.archs.views`.
+
+    `blocks` are names of blocks and parts, in the tool's order; `moves` says in which of them, or
+    BASE, it has a part.
+    """
+
+    blocks: tuple[str, ...] = ()
+    moves: dict[str, str] = {}
+
+
 class Family(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What is needed to recognise a model by name."""
 
@@ -84,8 +95,9 @@ class Architecture(Family, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     `blocks` are the denoiser's, in order; where models of one architecture differ in depth it holds
     the deepest one's. `lists` says what each accepted length of a list of block weights means,
-    `lora_lists` the same for LoRA block weights. `input_conv` is the key whose dimension 1 grows in
-    inpainting and similar variants; `input_channels` of it are in all of them, and come first.
+    `lora_lists` the same for LoRA block weights. `views` are other tools' divisions. `input_conv`
+    is the key whose dimension 1 grows in inpainting and similar variants; `input_channels` of it
+    are in all of them, and come first.
     """
 
     name: str = ""
@@ -94,6 +106,7 @@ class Architecture(Family, frozen=True, kw_only=True, forbid_unknown_fields=True
     blocks: tuple[str, ...]
     lists: dict[int, tuple[str, ...]] = {}
     lora_lists: dict[int, tuple[str, ...]] = {}
+    views: dict[str, OwnView] = {}
     components: tuple[Component, ...]
     aliases: dict[str, str] = {}
     buffers: tuple[str, ...] = ()
@@ -107,6 +120,18 @@ class Architecture(Family, frozen=True, kw_only=True, forbid_unknown_fields=True
     def denoiser(self) -> Component:
         """The U-Net or transformer."""
         return self.components[0]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The finer names within the denoiser's blocks: TIME, LABEL, OUT ..."""
+        parts = (target.partition(" ")[2] for target in self.denoiser.blocks.values())
+        return tuple(dict.fromkeys(part for part in parts if part and part not in self.blocks))
+
+    @property
+    def outside(self) -> tuple[str, ...]:
+        """Blocks and finer names of the other components: BASE, CLIP_L, ..., VAE."""
+        targets = [t for c in self.components[1:] for t in (c.block, *c.blocks.values())]
+        return tuple(dict.fromkeys(name for target in targets for name in target.split()))
 
     def modelspec_id(self, variant: str = "base") -> str:
         """The SAI ModelSpec architecture id of a variant."""
@@ -313,6 +338,14 @@ class Kind(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     channels: str = ""
 
 
+class Tool(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A tool that has a view of the blocks, and what of it holds for every architecture."""
+
+    title: str
+    words: tuple[str, ...] = ()
+    moves: dict[str, str] = {}
+
+
 class Shared(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`shared.toml`."""
 
@@ -325,6 +358,7 @@ class Shared(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     wrappers: tuple[str, ...]
     quantised: dict[str, tuple[str, ...]]
     markers: dict[str, str]
+    views: dict[str, Tool]
     bare: dict[str, tuple[str, ...]]
     lora: LoraFacts
     kinds: tuple[Kind, ...]
@@ -349,7 +383,11 @@ def expanded(raw: dict[str, Any]) -> dict[str, Any]:
         kind: {n: _expanded(names) for n, names in raw.get(kind, {}).items()}
         for kind in ("lists", "lora_lists")
     }
-    return {**raw, "blocks": _expanded(raw.get("blocks", [])), **lists}
+    views = {
+        tool: {**view, "blocks": _expanded(view.get("blocks", []))}
+        for tool, view in raw.get("views", {}).items()
+    }
+    return {**raw, "blocks": _expanded(raw.get("blocks", [])), **lists, "views": views}
 
 
 def _expanded(names: list[str]) -> list[str]:
@@ -358,8 +396,9 @@ def _expanded(names: list[str]) -> list[str]:
         first, _, last = name.partition("..")
         if last:
             stem = first.rstrip("0123456789")
+            digits = len(first) - len(stem)
             numbers = range(int(first[len(stem) :]), int(last[len(stem) :]) + 1)
-            out += [f"{stem}{i:02}" for i in numbers]
+            out += [f"{stem}{i:0{digits}}" for i in numbers]
         else:
             out.append(name)
     return out

@@ -16,7 +16,8 @@ from typing import Any
 
 import msgspec
 
-from plymix.archs.model import Architecture, Component, Rule, expanded, names
+from plymix.archs.model import Architecture, Rule, expanded, names, shared_facts
+from plymix.archs.views import CLASSIC
 from plymix.errors import FormatError, Refusal, listed
 
 LARGEST = 1 << 20
@@ -24,10 +25,8 @@ LARGEST = 1 << 20
 
 RESERVED = ("BASE", "VAE", "EMA", "BUFFER")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,31}")
-_RANGE = re.compile(r"([A-Za-z][A-Za-z_]{0,31}?)([0-9]{2,4})\.\.\1([0-9]{2,4})")
-_TARGET = re.compile(
-    r"[A-Za-z][A-Za-z0-9_]*(\{i(:0[1-4])?\})?( [A-Za-z][A-Za-z0-9_]*(\{i(:0[1-4])?\})?)?"
-)
+_RANGE = re.compile(r"([A-Za-z][A-Za-z_]{0,31}?)([0-9]{1,4})\.\.\1([0-9]{1,4})")
+_TARGET = re.compile(r"[A-Za-z][A-Za-z0-9_]*(\{i(:0[1-4])?\})?( [A-Za-z][A-Za-z0-9_]*)?")
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -95,6 +94,10 @@ def _ranges(table: Mapping[str, Any]) -> None:
         if not isinstance(lists, Mapping):
             raise _Wrong(f"{kind}: a table is expected: [{kind}]")
         fields |= {f"{kind}.{n}": value for n, value in lists.items()}
+    views = table.get("views", {})
+    if not isinstance(views, Mapping) or not all(isinstance(v, Mapping) for v in views.values()):
+        raise _Wrong("views: tables are expected: [views.comfyui]")
+    fields |= {f"views.{tool}.blocks": view.get("blocks", []) for tool, view in views.items()}
     for field, value in fields.items():
         if not isinstance(value, (list, tuple)):
             raise _Wrong(f'{field}: a list of names is expected: ["IN", "B00..B27", "OUT"]')
@@ -112,13 +115,14 @@ def problems(arch: Architecture) -> Iterator[str]:
         yield f'name: {arch.name!r} is not usable; write name = "..." with letters and digits'
     yield from _blocks(arch)
     yield from _components(arch)
-    known = {*arch.blocks, *RESERVED, *_outside(arch)}
+    known = {*arch.blocks, *arch.outside, *RESERVED}
     for kind, lists in (("lists", arch.lists), ("lora_lists", arch.lora_lists)):
         for n, names_ in lists.items():
             if len(names_) != n:
                 yield f"{kind}.{n}: it names {len(names_)} blocks"
             if strange := [name for name in names_ if name not in known]:
                 yield f"{kind}.{n}: {listed(strange, 3)} is no block"
+    yield from _views(arch)
     rules = [(f"detect[{i}]", rule.keys) for i, rule in enumerate(arch.detect)]
     rules += [(f"variants[{i}]", v.keys) for i, v in enumerate(arch.variants)]
     rules += [(f"lora[{i}]", rule.keys) for i, rule in enumerate(arch.lora)]
@@ -186,11 +190,19 @@ def _named(target: str) -> re.Pattern[str]:
     return re.compile(re.escape(stem) + (digits if number else ""))
 
 
-def _outside(arch: Architecture) -> set[str]:
-    """The blocks of the components beside the denoiser: BASE, CLIP, T5, VAE ..."""
-    others: tuple[Component, ...] = arch.components[1:]
-    targets = [t for part in others for t in (part.block, *part.blocks.values()) if t]
-    return {target.split(" ")[0] for target in targets}
+def _views(arch: Architecture) -> Iterator[str]:
+    """A view moves what there is; its blocks may have a name that no tensor has, as its tool's."""
+    tools = [tool for tool in shared_facts().views if tool != CLASSIC]
+    names_ = {*arch.blocks, *arch.parts}
+    for tool, view in arch.views.items():
+        if tool not in tools:
+            yield f"views.{tool}: there is no such tool; known: {', '.join(tools)}"
+        strange = [part for part in view.moves if part not in names_]
+        strange += [to for to in view.moves.values() if to not in {*names_, *RESERVED}]
+        if strange:
+            yield f"views.{tool}: {listed(strange, 3)} is neither a block nor a part"
+        if len(set(view.blocks)) < len(view.blocks):
+            yield f"views.{tool}.blocks: a name stands there twice"
 
 
 def _conditions(field: str, keys: Mapping[str, bool | list[int | str]]) -> Iterator[str]:

@@ -370,8 +370,14 @@ def archs(
         )
 
 
+def lists(arch: Architecture) -> dict[int, tuple[str, ...]]:
+    """What each accepted length of a list of weights is for."""
+    n = len(arch.blocks)
+    return {n: arch.blocks, n + 1: ("BASE", *arch.blocks), **arch.lists}
+
+
 def _list_lengths(arch: Architecture) -> str:
-    return ", ".join(map(str, sorted(arch.lists))) or f"{len(arch.blocks)}, {len(arch.blocks) + 1}"
+    return ", ".join(map(str, sorted(lists(arch))))
 
 
 def _explain_arch(arch: Architecture) -> None:
@@ -382,7 +388,7 @@ def _explain_arch(arch: Architecture) -> None:
         kinds = dict.fromkeys(v.title or v.name for v in arch.variants)
         screen.put(f"variants: {', '.join(kinds)}")
     screen.put(f"{len(arch.blocks)} blocks: {spans(arch.blocks)}")
-    for length, names in sorted(arch.lists.items()):
+    for length, names in sorted(lists(arch).items()):
         screen.put(f"a list of {length}: {spans(names)}")
     screen.put("")
     screen.table(
@@ -403,7 +409,7 @@ def _arch_document(arch: Architecture) -> dict[str, Any]:
         "title": arch.title,
         "short": arch.short,
         "blocks": list(arch.blocks),
-        "lists": {str(n): list(names) for n, names in sorted(arch.lists.items())},
+        "lists": {str(n): list(names) for n, names in sorted(lists(arch).items())},
         "variants": list(dict.fromkeys(v.name for v in arch.variants)),
         "components": [
             {"name": c.name, "title": c.title, "prefixes": list(c.prefixes)}

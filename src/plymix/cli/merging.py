@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from plymix.cli import screen
 from plymix.cli.options import (
     Arch,
+    BlockView,
     DryRun,
     Folders,
     Force,
@@ -41,7 +42,7 @@ EXAMPLES = {
     "explain": "Examples:\n  PROG a.safetensors b.safetensors --alpha GRAD_V\n  PROG recipe.toml",
 }
 
-ALSO_OF_RECIPES = ("strict", "presets", "arch")
+ALSO_OF_RECIPES = ("strict", "presets", "arch", "block_view")
 """Options of a merge of two models that a recipe takes too."""
 
 # --- mbw ----------------------------------------------------------------------------------------
@@ -72,6 +73,7 @@ def mbw(
     ] = None,
     presets: Presets = "",
     arch: Arch = "",
+    block_view: BlockView = None,
     vae: Annotated[str, option("Take the VAE from this file.", metavar="FILE", default=False)] = "",
     text_encoder: Annotated[
         str, option("Take the text encoder from this file.", metavar="FILE", default=False)
@@ -105,7 +107,15 @@ def mbw(
     api.ready(path, force)
     note_presets(presets)
     recipe, shares, notes = classic(
-        model_1, model_2, base_alpha, weights, presets, arch, vae=vae, text_encoder=text_encoder
+        model_1,
+        model_2,
+        base_alpha,
+        weights,
+        presets,
+        arch,
+        block_view or "classic",
+        vae=vae,
+        text_encoder=text_encoder,
     )
     with planned(recipe) as plan:
         for text in notes:
@@ -129,6 +139,7 @@ def classic(
     weights: str | None,
     presets: str = "",
     arch: str = "",
+    block_view: str = "classic",
     *,
     vae: str = "",
     text_encoder: str = "",
@@ -146,46 +157,70 @@ def classic(
     shares = {"BASE": flat}
     notes: tuple[str, ...] = ()
     if weights is not None:
-        found = _resolved(model_1, weights, base, api.own_presets(presets), arch)
+        own = api.own_presets(presets)
+        found = _resolved(model_1, weights, base, own, arch, block_view)
         if found is not None:
             if found.base is not None:
                 shares = {"BASE": found.base}
                 if base is None:
                     notes += (f"text encoder and VAE take the BASE value, {found.base:g}",)
             notes += found.notes
+            blocks = found.blocks | found.parts
+            others = {name: rest(value) for name, value in blocks.items()}
             alpha = {
                 "base": rest(shares["BASE"]),
-                "blocks": [rest(value) for value in found.blocks.values()],
+                "blocks": others if found.parts else [*others.values()],
             }
-            shares |= found.blocks
+            shares |= blocks
     recipe = api.two_models(
-        model_1, model_2, alpha=alpha, vae=vae or "blend", text_encoder=text_encoder, arch=arch
+        model_1,
+        model_2,
+        alpha=alpha,
+        vae=vae or "blend",
+        text_encoder=text_encoder,
+        arch=arch,
+        block_view=block_view,
     )
     return recipe, shares, notes
 
 
 def _resolved(
-    model: str, text: str, base: float | None, own: Mapping[str, Sequence[float]], arch: str
+    model: str,
+    text: str,
+    base: float | None,
+    own: Mapping[str, Sequence[float]],
+    arch: str,
+    tool: str,
 ) -> Resolved | None:
     """The weights for the blocks of `model`; None if it is no model (the plan says so better)."""
     from plymix import api, archs, pairing
     from plymix import weights as settings
+    from plymix.archs.views import view
 
     setting = settings.parse(text, field="--weights", blocks=settings.SD1_BLOCKS, own=own)
     if arch == "any":
         raise Refusal("--arch any knows no blocks for --weights; leave one of them out")
     with api.open(model) as source:
-        known = pairing.pair(source, own=archs.described(arch)).detection.arch
+        found = pairing.pair(source, own=archs.described(arch))
+    known = found.detection.arch
     if known is None:
         return None
+    there = {place.block for key in found.tensors if (place := known.place(key))}
+    seen = view(known, tool, there)
     if isinstance(setting, float):
         raise Refusal(
-            f"--weights {text} is one number; {known.short} wants {len(known.blocks)},"
+            f"--weights {text} is one number; {known.short} wants {len(seen.blocks)},"
             f" or a preset's name. To merge everything at {text}, say --base_alpha {text} and no"
             " --weights"
         )
     return settings.resolve(
-        setting, known.blocks, base=base, arch_title=known.short, field="--weights"
+        setting,
+        seen.blocks,
+        base=base,
+        arch_title=known.short,
+        field="--weights",
+        lists=seen.lists,
+        names=seen.names,
     )
 
 
@@ -288,7 +323,14 @@ def explain(
         said = [k for k, v in options.__dict__.items() if v != getattr(Merge(), k)]
         if extra := [f"--{name.replace('_', '-')}" for name in said if name not in ALSO_OF_RECIPES]:
             raise Refusal(f"{', '.join(extra)} is for two models; a recipe says it itself")
-        recipe, folders = load(a, set, models, options.presets, arch=options.arch)
+        recipe, folders = load(
+            a,
+            set,
+            models,
+            options.presets,
+            arch=options.arch,
+            block_view=options.block_view or "",
+        )
     else:
         if set:
             raise Refusal("--set is for recipes; for two models say --alpha and the like")

@@ -89,6 +89,12 @@ Arch = Annotated[
 ]
 
 
+BlockView = Annotated[
+    Literal["classic", "supermerger", "comfyui"] | None,
+    option("Whose blocks the weights are for. [default: classic]", default=False),
+]
+
+
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class Merge:
@@ -140,13 +146,15 @@ class Merge:
     union: Annotated[bool, option("Add keys that only B has.", default=False)] = False
     strict: Strict = False
     arch: Arch = ""
+    block_view: BlockView = None
     allow_mixed_prediction: Annotated[
         bool, option("Merge an epsilon with a v-prediction model.", default=False)
     ] = False
 
     def recipe_options(self) -> dict[str, Any]:
         """The arguments of `plymix.api.two_models`."""
-        return {k: v for k, v in self.__dict__.items() if k != "strict"}
+        said = {k: v for k, v in self.__dict__.items() if k != "strict"}
+        return {**said, "block_view": self.block_view or "classic"}
 
 
 def checked_threads(threads: int) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from plymix.cli import screen
 from plymix.cli.options import (
     Arch,
+    BlockView,
     DryRun,
     Folders,
     Force,
@@ -97,6 +98,7 @@ def run(
     set: Settings = (),
     presets: Presets = "",
     arch: Arch = "",
+    block_view: BlockView = None,
     models: Folders = (),
     strict: Strict = False,
     force: Force = False,
@@ -112,7 +114,7 @@ def run(
     """
     from plymix import api
 
-    found, folders = load(recipe, set, models, presets, arch=arch)
+    found, folders = load(recipe, set, models, presets, arch=arch, block_view=block_view or "")
     if output or not dry_run:
         path = api.output_path(found, output)
         api.ready(path, force)

@@ -130,16 +130,21 @@ def numbers(value: Any, where: str) -> list[float]:
 def block_weights(value: Any, base: float | None, where: str) -> Any:
     """Another tool's block weights as a weight setting: BASE apart, then the blocks.
 
-    Lists of 25 and 26 numbers are SD1's, of 19 and 20 SDXL's; the longer ones have BASE first,
-    which `base` (if the record says it apart) replaces.
+    Lists of 25 and 26 numbers are SD1's, of 19 to 21 SDXL's; the longer ones have BASE first, which
+    `base` (if the record says it apart) replaces, and the VAE last. 61 are Flux.1's, CLIP and T5
+    first.
     """
     if isinstance(value, str) and not re.search(r"[\s,]", value.strip()):
         return _with_base(weights.from_toml(value, field=where), base)
     found = numbers(value, where)
-    if len(found) in (20, 26):
+    if len(found) in (20, 21, 26):
         base, found = (found[0] if base is None else base), found[1:]
-    if len(found) not in (19, 25):
-        raise Refusal(f"{where} has {len(found)} numbers; 25 or 26 (SD1) and 19 or 20 (SDXL) fit")
+    if len(found) == 20:  # no tool gives the VAE the weight that the list has for it
+        found = found[:19]
+    if len(found) not in (19, 25, 61):
+        raise Refusal(
+            f"{where} has {len(found)} numbers; 25 or 26 (SD1), 19 to 21 (SDXL) and 61 (Flux.1) fit"
+        )
     return _with_base(found, base)
 
 

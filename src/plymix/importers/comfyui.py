@@ -11,9 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from plymix import archs
+from plymix.archs.views import view
 from plymix.errors import Refusal
 from plymix.expression import Expression, Merge, merge_method
 from plymix.importers.base import Imported, Record, complement, number
+from plymix.weights import DENOISER
 
 WIDGETS = {
     "CheckpointLoaderSimple": ("ckpt_name",),
@@ -55,6 +58,16 @@ SLIDERS = {
 }
 """Nodes with one ratio for each group of keys."""
 
+BLOCKS_OF = {
+    "ModelMergeSD1": "sd1",
+    "ModelMergeSD2": "sd2",
+    "ModelMergeSDXL": "sdxl",
+    "ModelMergeSD3_2B": "sd3",
+    "ModelMergeSD35_Large": "sd3",
+    "ModelMergeFlux1": "flux1",
+}
+"""Nodes whose sliders are the blocks of an architecture's view (`plymix.archs.views`)."""
+
 LABELLED = ("ModelMergeSD1", "ModelMergeSD2")
 """Nodes with a slider for `label_emb.`, which their models do not have."""
 
@@ -85,6 +98,8 @@ def read(record: Record) -> Imported:
         vae = graph.at(inputs["vae"], "vae")
         if vae != _base(made):
             output["vae"] = vae
+    if graph.tables:
+        output["block_view"] = "comfyui"
     return record.done(made, {k: v for k, v in output.items() if v})
 
 
@@ -125,7 +140,9 @@ def _combined(made: Expression, clip: Expression) -> Expression | None:
         if made.method not in ("weighted_sum", "add_difference"):
             return None
         alpha, base = params["alpha"], clip.settings["alpha"]
-        if alpha != base:
+        if isinstance(alpha, dict):
+            params["alpha"] = {**alpha, "base": base}
+        elif alpha != base:
             params["alpha"] = {"base": base, "default": alpha, "blocks": {}}
     return merge_method(made.method, *inputs, rules=made.rules, **params)
 
@@ -138,6 +155,7 @@ class _Graph:
         self.prompt = prompt
         self.made: dict[tuple[str, str], Expression] = {}
         self.open: set[tuple[str, str]] = set()
+        self.tables = False  # whether a merge's weights are a table of ComfyUI's blocks
 
     def at(self, link: Any, what: str) -> Expression:
         """What arrives by a link: [node, output number]; `what` is model, clip or vae."""
@@ -170,7 +188,9 @@ class _Graph:
                 first, second = (self.at(inputs.get(f"{what}{i}"), what) for i in "12")
                 return merge_method("subtract", first, second) * scale
             case "CLIPMergeSimple" | "ModelMergeSimple":
-                return self._blend(inputs, what, {"": number(inputs.get("ratio", 1.0), where)})
+                return self._blend(
+                    kind, inputs, what, {"": number(inputs.get("ratio", 1.0), where)}
+                )
             case _ if kind in SAMPLING:
                 self.record.note(f"{kind} changes how a model is used; it is not in the recipe")
                 return self.at(inputs.get(what), what)
@@ -182,14 +202,20 @@ class _Graph:
                     if isinstance(inputs.get(name), (int, float)) and not _is_idle(kind, name)
                 }
                 if sliders:
-                    return self._blend(inputs, what, sliders)
+                    return self._blend(kind, inputs, what, sliders)
         raise Refusal(f"{where}: plymix does not know what it does to a {what}")
 
-    def _blend(self, inputs: Mapping[str, Any], what: str, sliders: dict[str, float]) -> Expression:
+    def _blend(
+        self, kind: str, inputs: Mapping[str, Any], what: str, sliders: dict[str, float]
+    ) -> Expression:
         """Shares of the first model by the beginnings of keys; the first is for all others."""
         first, second = (self.at(inputs.get(f"{what}{i}"), what) for i in "12")
         alphas = {name: complement(ratio) for name, ratio in sliders.items()}
         default = next(iter(alphas.values()))
+        if table := _by_block(kind, alphas):
+            self.tables = True
+            alpha = {"blocks": table, "default": default}
+            return merge_method("weighted_sum", first, second, alpha=alpha)
         # In a list of rules the last one that fits wins, here the longest name.
         rules = [
             f":diffusion_model.{name}:{alpha!r}"
@@ -197,6 +223,24 @@ class _Graph:
             if alpha != default
         ]
         return merge_method("weighted_sum", first, second, alpha=default, rules=rules)
+
+
+def _by_block(kind: str, alphas: Mapping[str, float]) -> dict[str, float]:
+    """The weights by the names of the view; {} for sliders that are not one block each."""
+    if kind not in BLOCKS_OF:
+        return {}
+    arch = archs.load(BLOCKS_OF[kind])
+    seen = view(arch, "comfyui")
+    table: dict[str, float] = {}
+    for name, alpha in alphas.items():
+        if name == "pos_embed.":  # a buffer, which its node has a slider for
+            continue
+        place = arch.place(f"{DENOISER}{name.rstrip('.')}.0.weight")
+        block = seen.place(place).block if place else ""
+        if block not in seen.blocks or block in table:
+            return {}
+        table[block] = alpha
+    return table
 
 
 def _is_idle(kind: str, slider: str) -> bool:

@@ -78,7 +78,11 @@ def read(record: Record) -> Imported:
     for param in ("alpha", "beta"):
         record.take(f"weights_{param}", f"base_{param}")
     rules = str(record.take("elemental_merge")).replace("\n", ",")
-    output: dict[str, Any] = {"title": str(record.take("custom_name"))}
+    # It leaves tensors without "weight" or "bias" in their names to model A.
+    output: dict[str, Any] = {
+        "title": str(record.take("custom_name")),
+        "block_view": "supermerger",
+    }
     saved = str(record.take("save_sets"))
     if "fp16" in saved:
         output["dtype"] = "fp16"
