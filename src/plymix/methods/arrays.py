@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import array_api_compat.numpy
 import numpy as np
 from array_api_compat import array_namespace, device, is_numpy_array
 
@@ -31,6 +32,8 @@ LARGE = 1 << 20
 
 def namespace(*arrays: Array | None) -> Any:
     """The array API namespace of the arrays that are not None."""
+    if all(type(x) is np.ndarray or x is None for x in arrays):
+        return array_api_compat.numpy  # asked for every few thousand elements: the short way
     return array_namespace(*(x for x in arrays if x is not None))
 
 
@@ -201,13 +204,16 @@ def signed(size: Array, x: Array) -> Array:
     return out.view(x.dtype)
 
 
-def clip(x: Array, low: float | None = None, high: float | None = None) -> Array:
-    """`x` limited to `low..high`; None is no limit."""
+def clip(
+    x: Array, low: float | None = None, high: float | None = None, *, out: Array | None = None
+) -> Array:
+    """`x` limited to `low..high`; None is no limit. `out` (such as `x`) may be overwritten."""
     if not is_numpy_array(x):
         return namespace(x).clip(x, low, high)
+    out = out if isinstance(out, np.ndarray) else None  # sums of arrays without axes are numbers
     if low is not None:  # the compatibility layer's clip takes ten times as long
-        x = np.maximum(x, low)
-    return x if high is None else np.minimum(x, high)
+        x = np.maximum(x, low, out=out)
+    return x if high is None else np.minimum(x, high, out=out)
 
 
 # -- one number per tensor ------------------------------------------------------------------------

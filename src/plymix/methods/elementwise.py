@@ -109,7 +109,7 @@ def train_difference(a: Array, b: Array, c: Array, *, alpha: float = 1.0) -> Arr
     d, distance = b - c, xp.abs(b - a)
     whole = xp.abs(d)
     whole += distance
-    distance /= clip(whole, LEAST)
+    distance /= clip(whole, LEAST, out=whole)
     d *= distance
     d *= 1.8 * alpha
     d += a

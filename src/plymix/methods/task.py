@@ -108,7 +108,7 @@ def _elected(
     kept = []
     for d, side in zip(ds, sides, strict=True):
         d *= sign if side == 1 else sign * side
-        along = clip(d, 0)
+        along = clip(d, 0, out=d)
         kept.append(along if side >= 0 else -along)
     return kept, sign
 
