@@ -99,12 +99,13 @@ def test_an_optional_model_before_others_may_be_left_out():
 @pytest.mark.parametrize("name", list(methods()))
 def test_every_registered_method_is_a_method(name):
     method = methods()[name]
-    several = [B, C] if method.variadic else []
+    several = [B, C] if method.variadic and not method.adapters else []
+    several = [B] if method.adapters else several  # one LoRA at a time; see Expression.lora
     made = getattr(A, name)(*[B, C, D][: len(method.inputs) - 1], *several)
     assert made.recipe().steps["step1"].method == name
     assert Expression.from_json(made.to_json()) == made
     assert name in dir(A)
-    assert getattr(A, name).__doc__.startswith(method.label)
+    assert method.adapters or getattr(A, name).__doc__.startswith(method.label)
 
 
 def test_unknown_names_are_named_with_the_nearest():

@@ -31,9 +31,10 @@ ALLOWED = {
     "hashes": {"errors", "hashes"},
     "expr": {"errors", "registry", "formats", "expr"},
     "pairing": FORMATS | ARCHS | {"expr", "pairing"},
+    "adapters": BOTTOM | {"pairing", "adapters"},
     "plan": BOTTOM | {"pairing", "plan", "adapters"},
     "temporary": {"temporary"},
-    "engine": BOTTOM | {"plan", "engine", "gpu", "temporary"},
+    "engine": BOTTOM | {"plan", "engine", "gpu", "temporary", "adapters"},
 }
 TOP = {"cli", "web"}
 """Imported by nobody but each other and `__main__`."""

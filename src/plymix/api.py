@@ -376,7 +376,7 @@ def _hasher(files: Sequence[Path], recipe: Recipe, i: Input) -> Callable[[Callab
 
 def explained(plan: Plan) -> Explanation:
     """The account of a plan, for people and for JSON."""
-    from plymix.expr import calls, leaf_terms
+    from plymix.expr import calls, deltas, shares
 
     order = [*plan.view.blocks, "BASE", "VAE", "EMA", "BUFFER"]
     rows: dict[tuple[str, str], list[Any]] = {}
@@ -394,12 +394,13 @@ def explained(plan: Plan) -> Explanation:
         seen: Counter[tuple[tuple[str, float], ...]] = Counter()
         methods: set[str] = set()
         for t in tensors:
-            terms = leaf_terms(t.expr)
+            terms = shares(t.expr)
             methods.update(call.method for call in calls(t.expr))
+            methods.update(delta.family for delta in deltas(t.expr) if delta.of is not None)
             if terms:
                 total: dict[str, float] = {}
-                for coefficient, leaf in terms:
-                    name = labels[leaf.source]
+                for coefficient, source in dict.fromkeys(terms):  # a LoRA's q, k, v count once
+                    name = labels[source]
                     total[name] = total.get(name, 0.0) + coefficient
                 seen[tuple(total.items())] += 1
         common = dict(seen.most_common(1)[0][0]) if seen else {}

@@ -6,6 +6,7 @@
     Patch  the first input channels of a wide tensor replaced by an expression
     Narrow the first input channels of an expression
     Spelt  an expression as another dialect stores it: rows, transposed, reshaped
+    Delta  what a module of a LoRA, or the like, adds to a tensor
     Const  bytes known at planning time
 
 `Tensor` joins such a value with its place in the output.
@@ -76,15 +77,17 @@ class Narrow:
     channels: int
 
 
+SeenPart = tuple["tuple[int, int] | None", bool, "tuple[int, ...] | None"]
+"""Of a tensor: rows or None for all, whether its axes are swapped, its shape or None for as it is.
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Spelt:
-    """Pieces of `whole`, one after the other along axis 0.
-
-    A piece is (rows or None for all, whether its axes are swapped, its shape or None for as it is).
-    """
+    """Pieces of `whole`, one after the other along axis 0."""
 
     whole: Expr
-    pieces: tuple[tuple[tuple[int, int] | None, bool, tuple[int, ...] | None], ...]
+    pieces: tuple[SeenPart, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +99,37 @@ class Const:
     shape: tuple[int, ...]
 
 
-Expr = Union[Leaf, Sum, Call, Patch, Narrow, Spelt, Const]
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What a module of an adapter adds to a tensor of `shape`, at strength 1.
+
+    `family` says how (`plymix.adapters.families`), from `factors` and `settings` by its names for
+    them, times `scale`. The module's own weight has the shape `seen` and is `pieces` of the tensor,
+    one after the other along axis 0 (none: the whole). `of` is the tensor it is added to, for what
+    depends on it. `span` are the elements meant, in a line (None: all).
+    """
+
+    family: str
+    factors: tuple[tuple[str, Leaf], ...]
+    settings: tuple[tuple[str, Any], ...]
+    scale: float
+    shape: tuple[int, ...]
+    seen: tuple[int, ...]
+    pieces: tuple[SeenPart, ...] = ()
+    of: Expr | None = None
+    span: tuple[int, int] | None = None
+
+    @property
+    def source(self) -> int:
+        return self.factors[0][1].source
+
+    def grain(self, about: int) -> int:
+        """Elements of as many whole rows as `about` elements are, one row at least."""
+        row = max(1, math.prod(self.shape[1:]))
+        return max(1, about // row) * row
+
+
+Expr = Union[Leaf, Sum, Call, Patch, Narrow, Spelt, Const, Delta]
 
 
 def leaves(expr: Expr) -> Iterator[Leaf]:
@@ -117,6 +150,10 @@ def leaves(expr: Expr) -> Iterator[Leaf]:
             yield from leaves(expr.wide)
         case Spelt():
             yield from leaves(expr.whole)
+        case Delta():
+            yield from (leaf for _, leaf in expr.factors)
+            if expr.of is not None:
+                yield from leaves(expr.of)
 
 
 def calls(expr: Expr) -> Iterator[Call]:
@@ -136,12 +173,43 @@ def calls(expr: Expr) -> Iterator[Call]:
             yield from calls(expr.wide)
         case Spelt():
             yield from calls(expr.whole)
+        case Delta(of=of) if of is not None:
+            yield from calls(of)
+
+
+def deltas(expr: Expr) -> Iterator[Delta]:
+    """Every Delta in `expr`."""
+    match expr:
+        case Delta():
+            yield expr
+            if expr.of is not None:
+                yield from deltas(expr.of)
+        case Sum():
+            for _, term in expr.terms:
+                yield from deltas(term)
+        case Call():
+            for arg in expr.args:
+                yield from deltas(arg)
+        case Patch():
+            yield from deltas(expr.wide)
+            yield from deltas(expr.inner)
+        case Narrow():
+            yield from deltas(expr.wide)
+        case Spelt():
+            yield from deltas(expr.whole)
 
 
 def leaf_terms(expr: Expr) -> tuple[tuple[float, Leaf], ...]:
     """The terms of a sum of tensors, or () when `expr` is not one."""
     terms = expr.terms if isinstance(expr, Sum) else ((1.0, expr),)
     found = tuple((c, x) for c, x in terms if isinstance(x, Leaf))
+    return found if len(found) == len(terms) else ()
+
+
+def shares(expr: Expr) -> tuple[tuple[float, int], ...]:
+    """(coefficient, input) of each term of a sum of tensors and Deltas, or () for another."""
+    terms = expr.terms if isinstance(expr, Sum) else ((1.0, expr),)
+    found = tuple((c, x.source) for c, x in terms if isinstance(x, (Leaf, Delta)))
     return found if len(found) == len(terms) else ()
 
 
@@ -153,15 +221,32 @@ def plain_terms(expr: Expr) -> tuple[tuple[float, Leaf], ...]:
 
 def elementwise(expr: Expr) -> bool:
     """Whether every element of `expr` depends on the same element of its inputs only."""
+    return _streams(expr) and not any(True for _ in deltas(expr))
+
+
+def chunkable(expr: Expr) -> bool:
+    """Whether any run of its elements can be computed alone, all inputs lying in order."""
+    return _streams(expr) and not any(leaf.info.scattered for leaf in streamed(expr))
+
+
+def _streams(expr: Expr) -> bool:
     kinds = ("linear", "elementwise")
     return all(get_method(call.method).kind in kinds for call in calls(expr)) and not _reshaped(
         expr
     )
 
 
-def chunkable(expr: Expr) -> bool:
-    """Whether that is so and all inputs lie in order."""
-    return elementwise(expr) and not any(leaf.info.scattered for leaf in leaves(expr))
+def streamed(expr: Expr) -> Iterator[Leaf]:
+    """The leaves of a chunkable expression that are read along with it: no factors of a Delta."""
+    match expr:
+        case Leaf():
+            yield expr
+        case Sum():
+            for _, term in expr.terms:
+                yield from streamed(term)
+        case Call():
+            for arg in expr.args:
+                yield from streamed(arg)
 
 
 def _reshaped(expr: Expr) -> bool:
@@ -170,23 +255,34 @@ def _reshaped(expr: Expr) -> bool:
         return any(_reshaped(term) for _, term in expr.terms)
     if isinstance(expr, Call):
         return any(map(_reshaped, expr.args))
+    if isinstance(expr, Delta):
+        return expr.of is not None
     return not isinstance(expr, Leaf)
 
 
 def cut(expr: Expr, start: int, stop: int) -> Expr:
     """Elements [start, stop) of a chunkable expression, which lie in one piece in every input."""
-    return mapped(expr, lambda info: info.cut(start, stop))
+    return mapped(expr, lambda info: info.cut(start, stop), (start, stop))
 
 
-def mapped(expr: Expr, change: Callable[[TensorInfo], TensorInfo]) -> Expr:
-    """An elementwise expression with every input changed in the same way."""
+def mapped(
+    expr: Expr,
+    change: Callable[[TensorInfo], TensorInfo],
+    span: tuple[int, int] | None = None,
+) -> Expr:
+    """An elementwise expression with every input changed in the same way.
+
+    `span` are the elements meant in every Delta, if there is one.
+    """
     match expr:
         case Leaf(source, info):
             return Leaf(source, change(info))
         case Sum():
-            return Sum(tuple((c, mapped(term, change)) for c, term in expr.terms))
+            return Sum(tuple((c, mapped(term, change, span)) for c, term in expr.terms))
         case Call():
-            return replace(expr, args=tuple(mapped(arg, change) for arg in expr.args))
+            return replace(expr, args=tuple(mapped(arg, change, span) for arg in expr.args))
+        case Delta() if span is not None:
+            return replace(expr, span=span)
     raise AssertionError(f"{type(expr).__name__} is not elementwise")
 
 
@@ -206,6 +302,15 @@ def with_leaves(expr: Expr, change: Callable[[Leaf], Expr]) -> Expr:
             return Narrow(with_leaves(expr.wide, change), expr.channels)
         case Spelt():
             return Spelt(with_leaves(expr.whole, change), expr.pieces)
+        case Delta():
+            factors = tuple((name, _leaf(with_leaves(x, change))) for name, x in expr.factors)
+            of = None if expr.of is None else with_leaves(expr.of, change)
+            return replace(expr, factors=factors, of=of)
+    return expr
+
+
+def _leaf(expr: Expr) -> Leaf:
+    assert isinstance(expr, Leaf)  # a factor stays a tensor of a file
     return expr
 
 

@@ -113,6 +113,28 @@ class Expression:
             made[name] = _merge(step.method, inputs, step.params, step.rules, step.seed)
         return made[recipe.final]
 
+    def lora(
+        self,
+        file: str | os.PathLike[str] | Expression,
+        strength: float = 1.0,
+        te_strength: float | None = None,
+        *,
+        blocks: Any = None,
+        rules: str | Sequence[str] = (),
+        dora: str = "trained",
+    ) -> Expression:
+        """This model with a LoRA added; chain it for several, in any order.
+
+        `te_strength` is the text encoders' (default: `strength`). `blocks` are factors of both in
+        each block: a preset of LoRA block weights ("IND"), a list, or numbers by block name.
+        """
+        lora = file if isinstance(file, Expression) else File(os.fspath(file))
+        said: dict[str, Any] = {"strength": [strength]}
+        said |= {} if te_strength is None else {"te_strength": [te_strength]}
+        said |= {} if blocks is None else {"blocks": blocks}
+        said |= {} if dora == "trained" else {"dora": dora}
+        return merge_method("lora", self, lora, rules=rules, **said)
+
     def __getattr__(self, name: str) -> Callable[..., Expression]:
         if name.startswith("_"):
             raise AttributeError(name)
@@ -222,7 +244,7 @@ class Merge(Expression):
             **json.loads(self.params),
         }
         if method.variadic:
-            found["models"] = list(names[fixed:])
+            found[method.variadic] = list(names[fixed:])
         if self.rules:
             found["rules"] = list(self.rules)
         if self.seed:

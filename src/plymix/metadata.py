@@ -210,6 +210,8 @@ def _step_formula(recipe: Recipe, step: Step) -> str:
         if isinstance(alpha, (int, float)):
             return _signed([1, alpha], [names[0], difference]) + rules
         return f"{names[0]} + α × {difference}, α = {_weight(alpha)}{rules}"
+    if step.method == "lora":
+        return _lora_formula(step, names) + rules
     coefficients = _coefficients(step)
     if coefficients and len(coefficients) == len(names):
         text = _signed(coefficients, names)
@@ -218,6 +220,14 @@ def _step_formula(recipe: Recipe, step: Step) -> str:
         return _signed(coefficients[:1], [f"({_signed([1, -1], names)})"])
     params = "".join(f", {k} = {_weight(v)}" for k, v in step.params.items())
     return f"{step.method}({', '.join(names)}{params}{rules})"
+
+
+def _lora_formula(step: Step, names: Sequence[str]) -> str:
+    """'a.safetensors + 0.8 × style.safetensors, te_strength = 0.5'"""
+    strength = step.params.get("strength", 1.0)
+    each = strength if isinstance(strength, (list, tuple)) else [strength] * (len(names) - 1)
+    rest = (f", {k} = {_weight(v)}" for k, v in step.params.items() if k != "strength")
+    return _signed([1.0, *each], names) + "".join(rest)
 
 
 def _coefficients(step: Step) -> list[float]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -27,6 +27,7 @@ from plymix.errors import Refusal, listed, unknown
 from plymix.expr import (
     Call,
     Const,
+    Delta,
     Expr,
     Leaf,
     Linear,
@@ -36,6 +37,7 @@ from plymix.expr import (
     apply,
     changed,
     chunkable,
+    deltas,
     leaf_terms,
     leaves,
     narrow,
@@ -49,6 +51,9 @@ from plymix.formats.diffusers import MODEL_INDEX
 from plymix.pairing import DIFFUSERS, Paired
 from plymix.recipe import BLEND, DROPS, DTYPES, PARTS, Recipe, Step
 from plymix.registry import Method, Param, get_method
+
+if TYPE_CHECKING:
+    from plymix.adapters.applying import Applied
 
 MAX_IDS = 1 << 16
 """More position ids than this are none: CLIP has 77."""
@@ -150,6 +155,8 @@ class Plan:
                 continue
             if chunkable(t.expr):
                 least = 96
+                for delta in deltas(t.expr):  # a LoRA's factors for it are held whole
+                    most = max(most, 4 * sum(x.info.numel for _, x in delta.factors))
                 continue
             found = set(leaves(t.expr))
             largest = max((leaf.info.numel for leaf in found), default=t.numel)
@@ -272,6 +279,7 @@ class _Planner:
         self.strict = strict
         self.inputs: list[Input] = []
         self.by_name: dict[str, Input] = {}
+        self.applied: dict[str, Applied] = {}  # LoRAs by their names in the recipe
         self.notes: list[str] = []
         self.known: dict[tuple[str, str], tuple[Expr, tuple[int, ...]] | None] = {}
         self.lacking: dict[str, list[str]] = {}  # what a missing tensor led to -> keys
@@ -289,8 +297,7 @@ class _Planner:
         self._same_architecture()
         self._same_prediction()
         self.settings = {
-            name: _Settings(name, recipe.steps[name], self.view, self.short, self._wide_base)
-            for name in recipe.order()
+            name: self._step_settings(name, recipe.steps[name]) for name in recipe.order()
         }
         for settings in self.settings.values():
             self.notes += settings.notes
@@ -300,7 +307,8 @@ class _Planner:
                 ' not a model: add it to one in another step (method = "sum")'
             )
         unused = [n for n in recipe.steps if n not in self.settings]
-        unused += [n for n in recipe.models if n not in (*self.by_name, *recipe.parts)]
+        known = (*self.by_name, *self._needed_adapters(), *recipe.parts)
+        unused += [n for n in recipe.models if n not in known]
         if unused:
             self.notes.append(f"not used for {recipe.final}: {listed(unused)}")
         if recipe.output.ema in ("use", "exchange") and not any(
@@ -311,6 +319,8 @@ class _Planner:
         self._idle_parts()
         self.alone = self._alone()
         self.completed = self._completed()
+        for name in self._needed_adapters():
+            self.applied[name] = self._open_adapter(name)
         self._dialects()
         self.followed = {archs.ema_key(key): key for key in self.base.tensors}
         self.adjusted = _Adjustment(recipe.output.adjust, self.arch)
@@ -348,8 +358,50 @@ class _Planner:
         recipe = self.recipe
         used = [recipe.base()]
         for step in recipe.order():
-            used += [n for n in recipe.uses(step) if n in recipe.models]
+            used += [n for n in self._model_inputs(recipe.steps[step]) if n in recipe.models]
         return list(dict.fromkeys(used))
+
+    def _model_inputs(self, step: Step) -> tuple[str, ...]:
+        method = get_method(step.method)
+        return step.inputs[: len(method.inputs)] if method.adapters else step.inputs
+
+    def _needed_adapters(self) -> list[str]:
+        """The LoRAs of all steps, each once."""
+        found: dict[str, None] = {}
+        for name in self.recipe.order():
+            step = self.recipe.steps[name]
+            for used in step.inputs[len(self._model_inputs(step)) :]:
+                if used not in self.recipe.models:
+                    raise Refusal(f"steps.{name}: {used} is a step; a LoRA is a file in [models]")
+                found[used] = None
+        return list(found)
+
+    def _known_arch(self) -> Architecture:
+        if self.arch is None:
+            raise Refusal("a LoRA needs a known architecture; leave out --arch any")
+        return self.arch
+
+    def _open_adapter(self, name: str) -> Applied:
+        from plymix.adapters.applying import Model, apply_to
+
+        models = (*self.by_name.values(), self.base)
+        model = Model(
+            arch=self._known_arch(),
+            shapes={k: info.shape for i in models for k, info in i.tensors.items()},
+            label=self.base.label,
+            title=self.base.detection.title,
+            given={c: i.label for c, i in self.swaps.items() if i is not self.base},
+        )
+        source = self.open_file(name)
+        opened = self._opened(name, source, pairing.unpaired(source), {}, {}, ())
+        found = apply_to(source, opened.index, model)
+        self.notes += found.notes
+        return found
+
+    def _step_settings(self, name: str, step: Step) -> _Settings:
+        if get_method(step.method).adapters:
+            return _AdapterSettings(name, step, self.view, self._known_arch())
+        return _Settings(name, step, self.view, self.short, self._wide_base)
 
     def _open(self, name: str) -> Input:
         source = self.open_file(name)
@@ -851,6 +903,8 @@ class _Planner:
             leaf = self._leaf(self.by_name[name], key)
             return None if leaf is None else (leaf, leaf.info.shape)
         settings = self.settings[name]
+        if isinstance(settings, _AdapterSettings):
+            return self._adapted(settings, key, place)
         names = settings.step.inputs
         values = [self._value(used, key, place) if used else None for used in names]
         present = [(i, v) for i, v in enumerate(values) if v is not None]
@@ -865,6 +919,32 @@ class _Planner:
         if lost:
             self._lack(f"merged without {listed(names[i] for i in lost)}, which lacks it", key)
         return self._applied(settings, key, place, present)
+
+    def _adapted(
+        self, settings: _AdapterSettings, key: str, place: Place
+    ) -> tuple[Expr, tuple[int, ...]] | None:
+        """A model with LoRAs added; what they add comes in an order that is not the recipe's."""
+        first, *names = settings.step.inputs
+        value = self._value(first, key, place)
+        if value is None:
+            return None
+        expr, shape = value
+        params = settings.params(place, key, tuple(range(len(names) + 1)))
+        strengths = params["strength"]
+        found: list[Linear] = []
+        for name, strength in zip(names, strengths, strict=True):
+            changes = self.applied[name].deltas(key, shape, expr, params["dora"])
+            found.append(Linear(dict.fromkeys(changes if strength else (), 1.0)))
+        total: Linear = settings.method.function(Linear.of(expr), *found, strength=strengths)
+        order = {applied.index: applied.order for applied in self.applied.values()}
+
+        def rank(term: tuple[Expr, float]) -> tuple[str, str, float]:
+            x, c = term
+            if not isinstance(x, Delta):
+                return ("", "", 0.0)
+            return order[x.source], x.factors[0][1].info.name, c
+
+        return Linear(dict(sorted(total.terms.items(), key=rank))).expr(), shape
 
     def _without(
         self,
@@ -1020,6 +1100,9 @@ class _Planner:
         dropped: dict[str, dict[str, tuple[str, ...]]] = {}
         unmatched: dict[str, tuple[str, ...]] = {}
         for i in self.inputs:
+            if i.name in self.applied:
+                dropped[i.name], unmatched[i.name] = self._adapter_account(i, used)
+                continue
             unmatched[i.name] = alone = self._unmatched(i)
             ruled = [(info.name, self._drop_rule(i, key)) for key, info in i.tensors.items()]
             ruled += ((key, f"unknown to {self.short}") for key in i.paired.unpaired)
@@ -1035,6 +1118,21 @@ class _Planner:
                 rules.update((why, list(keys)) for why, keys in left_out.items())
             dropped[i.name] = {rule: tuple(keys) for rule, keys in rules.items()}
         return dropped, unmatched
+
+    def _adapter_account(
+        self, i: Input, used: set[tuple[int, str]]
+    ) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
+        """The keys of a LoRA that change nothing: by rule, and those without a partner."""
+        applied = self.applied[i.name]
+        rules = {why: list(keys) for why, keys in applied.dropped.items()}
+        for modules in applied.at.values():
+            for module, _ in modules:
+                read = any((i.index, info.name) in used for info in module.factors.values())
+                factors = {info.name for info in module.factors.values()}
+                idle = [key for key in module.keys if not read or key not in factors]
+                why = "read when planning" if read else "weight 0"
+                rules.setdefault(why, []).extend(idle)
+        return {why: tuple(keys) for why, keys in rules.items() if keys}, applied.unmatched
 
     def _unmatched(self, i: Input) -> tuple[str, ...]:
         """The keys of a merged model that another one lacks, whatever became of them.
@@ -1235,6 +1333,8 @@ def _fitted_expr(expr: Expr, shape: tuple[int, ...], wanted: tuple[int, ...]) ->
     if isinstance(expr, Leaf):
         info = _fitted(expr.info, wanted)
         return None if info is None else Leaf(expr.source, info)
+    if isinstance(expr, Delta) and expr.of is None and _trimmed(shape) == _trimmed(wanted):
+        return replace(expr, shape=wanted, seen=wanted if not expr.pieces else expr.seen)
     if isinstance(expr, Sum):
         terms = [(c, _fitted_expr(term, shape, wanted)) for c, term in expr.terms]
         if all(term is not None for _, term in terms):
@@ -1265,7 +1365,7 @@ class _Settings:
         self.fixed: dict[str, Any] = {}
         self._tried: set[Any] = set()
         self.ruled = next((p.name for p in self.method.params if p.type is float), "")
-        if self.rules and not self.ruled:
+        if self.rules and not self.ruled and not self.method.adapters:
             raise Refusal(f"{self.where}: {step.method} has no weight that rules could set")
 
         def resolve(value: Any, param: Param, field: str) -> weights.Resolved:
@@ -1297,6 +1397,8 @@ class _Settings:
             field = f"{self.where}.{p.name}"
             if p.type is float:
                 self.resolved[p.name] = resolve(value, p, field)
+            elif p.type is tuple and self.method.adapters:
+                continue  # see _AdapterSettings
             elif p.type is tuple:
                 self.lists[p.name] = [resolve(v, p, field) for v in self._list(p, value, field)]
             else:
@@ -1370,6 +1472,30 @@ class _Settings:
             models=models,
         )
         return apply(self.method, tuple(args), params, call)
+
+
+class _AdapterSettings(_Settings):
+    """Those of a step that adds LoRAs: a strength for each of them at every key."""
+
+    def __init__(self, name: str, step: Step, view: View, arch: Architecture) -> None:
+        from plymix.adapters import strengths
+
+        super().__init__(name, step, view, arch.short, lambda param, step: 0.0)
+        self.arch = arch
+        loras = len(step.inputs) - len(self.method.inputs)
+        self.strengths = strengths.read(step.params, loras, arch, self.where)
+
+    def params(self, place: Place, key: str, models: tuple[int, ...]) -> dict[str, Any]:
+        found = []
+        own = (
+            self.arch.place(key) or place
+        )  # lists of factors are for the architecture's own blocks
+        for strength in self.strengths:
+            factor = strength.factor(own)
+            if self.rules:
+                factor = weights.apply_rules(self.rules, place.block, key, factor, self.rule_blocks)
+            found.append(strength.of(place) * factor)
+        return {**self.fixed, "strength": tuple(found)}
 
 
 def counts(plan: Plan) -> dict[str, Counter[str]]:

@@ -121,6 +121,7 @@ class Method:
     given: frozenset[str]
     prepare: Callable[..., Any] | None
     delta: bool  # True: the result is a difference, not a model
+    adapters: bool  # True: the variadic inputs are LoRAs, given as what they add to the first
     label: str
     doc: str
 
@@ -157,15 +158,19 @@ def method(
     prepare: Callable[..., Any] | None = None,
     min_models: int = 1,
     delta: bool = False,
+    adapters: bool = False,
 ) -> Callable[[F], F]:
     """Register a merge method. `prepare` is documented in `plymix.methods`.
 
     `min_models` is the least number of `*models`. `delta` marks a method whose result is a
-    difference between models, to be added to one by a later step.
+    difference between models, to be added to one by a later step. `adapters` marks one whose
+    variadic inputs are LoRA files: it is given what they add to its first input.
     """
 
     def register(function: F) -> F:
-        built = _read(function, kind, name or function.__name__, prepare, min_models, delta)
+        built = _read(
+            function, kind, name or function.__name__, prepare, min_models, delta, adapters
+        )
         if built.name in _METHODS and _METHODS[built.name].function is not function:
             raise ValueError(f"two merge methods are called {built.name!r}")
         _METHODS[built.name] = built
@@ -181,6 +186,7 @@ def _read(
     prepare: Callable[..., Any] | None,
     min_models: int,
     delta: bool,
+    adapters: bool,
 ) -> Method:
     hints = typing.get_type_hints(function, include_extras=True)
     inputs: list[str] = []
@@ -218,6 +224,7 @@ def _read(
         given=frozenset(given),
         prepare=prepare,
         delta=delta,
+        adapters=adapters,
         label=doc.splitlines()[0].strip(),
         doc=doc,
     )

@@ -30,6 +30,7 @@ CHANGES_EQUAL_MODELS = {
     "truncate_rank": "returns an approximation",
     "truncate_kronecker": "returns an approximation",
     "sum": "A + A",
+    "lora": "its models after the first are differences, which it adds",
     "logistic_sum": "a legacy formula that does not interpolate",
     "randperm": "its purpose is to permute A",
     "balance_attention": "its purpose is to rescale A",

@@ -13,11 +13,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Union
 
-from plymix.expr import Leaf, Tensor, chunkable, cut, leaves, plain_terms
+from plymix.expr import Leaf, Tensor, chunkable, cut, deltas, plain_terms, streamed
 from plymix.formats.base import BITS
 
 SPAN = 16 << 20
 """Bytes of output per work item at most."""
+
+CHUNK = 1 << 17
+"""Elements read, computed and written at a time where the arithmetic is in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +101,7 @@ def items(tensors: Sequence[Tensor]) -> list[Item]:
 
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:
     """`tensor`, cut where its inputs go on elsewhere, unless it needs them whole."""
-    ends = sorted({end for leaf in leaves(tensor.expr) for end in leaf.info.ends})
+    ends = sorted({end for leaf in streamed(tensor.expr) for end in leaf.info.ends})
     if len(ends) < 2 or not chunkable(tensor.expr):
         yield tensor
         return
@@ -150,8 +153,18 @@ def _cut(item: Item) -> Iterator[Item]:
             n = min(step, item.numel - start)
             yield SumItem(operands, item.dtype, n, item.at + start * size)
     elif isinstance(item, ChunkItem):
-        step = SPAN // 4
+        chunk = chunk_of(item.tensor)
+        step = max(1, SPAN // 4 // chunk) * chunk
         for start in range(0, item.numel, step):
             yield ChunkItem(item.tensor, start, min(step, item.numel - start))
     else:
         yield item
+
+
+def chunk_of(tensor: Tensor) -> int:
+    """Elements of a chunk: CHUNK, or about as many in whole rows where a LoRA is at work.
+
+    Where a product of matrices is cut can show in its last bits; so it is cut at the same rows,
+    counted from the tensor's first, whatever a chunk is.
+    """
+    return next((d.grain(CHUNK) for d in deltas(tensor.expr)), CHUNK)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from plymix import kernels
+from plymix.adapters import placing
 from plymix.engine.files import Buffers, steps
-from plymix.engine.work import ChunkItem, SumItem, WholeItem
+from plymix.engine.work import CHUNK, ChunkItem, SumItem, WholeItem, chunk_of
 from plymix.expr import (
     Call,
     Const,
+    Delta,
     Expr,
     Leaf,
     Narrow,
@@ -32,11 +36,11 @@ from plymix.registry import get_method
 if TYPE_CHECKING:
     from plymix.engine import Job
 
-CHUNK = 1 << 17
-"""Elements read, computed and written at a time where the arithmetic is in float32."""
-
 WRITTEN = 1 << 18
 """Elements of a whole tensor cast and written at a time: what the file takes is still in cache."""
+
+HELD = 1 << 21
+"""Elements of LoRAs' factors that a worker keeps for the chunks that follow."""
 
 ROOM = 2 << 20
 """Bytes of all buffers together that a sum is computed in; they stay in the processor's cache."""
@@ -50,6 +54,8 @@ class Worker:
         self.buffers = buffers
         self._pool = Pool()
         self._sums: dict[Any, kernels.Sum] = {}
+        self._changes: dict[Delta, Callable[[int, int], Any]] = {}
+        self._held = 0  # elements of the factors in `_changes`
 
     def run(self, item: SumItem | ChunkItem | WholeItem) -> None:
         match item:
@@ -129,8 +135,9 @@ class Worker:
     def _chunk(self, item: ChunkItem) -> None:
         tensor = item.tensor
         size = BITS[tensor.dtype] // 8
-        for start in range(item.start, item.start + item.numel, CHUNK):
-            n = min(CHUNK, item.start + item.numel - start)
+        chunk = chunk_of(tensor)
+        for start in range(item.start, item.start + item.numel, chunk):
+            n = min(chunk, item.start + item.numel - start)
             self._store(tensor, start, self.evaluate(tensor.expr, (start, n)))
             self.job.add(n * size)
 
@@ -175,6 +182,8 @@ class Worker:
                 return np.concatenate([_spelt(whole, *piece) for piece in expr.pieces])
             case Const():
                 return kernels.float32(expr.data, expr.dtype).reshape(expr.shape)
+            case Delta():
+                return self._delta(expr, part)
 
     def _load(self, leaf: Leaf, part: tuple[int, int] | None) -> Any:
         info, source = leaf.info, self.job.sources[leaf.source]
@@ -195,6 +204,29 @@ class Worker:
 
             return gpu.to_device(array, self.job.device)
         return array
+
+    def _delta(self, delta: Delta, part: tuple[int, int] | None) -> Any:
+        if delta.of is not None:
+            factors = {name: self.evaluate(leaf) for name, leaf in delta.factors}
+            return placing.change_of(delta, self.evaluate(delta.of), factors)
+        start, stop = delta.span or (0, math.prod(delta.shape))
+        if part is not None:
+            start, stop = start + part[0], start + sum(part)
+        found = placing.elements(delta, self._rows(delta), start, stop, CHUNK)
+        return found if part else found.reshape(delta.shape)
+
+    def _rows(self, delta: Delta) -> Callable[[int, int], Any]:
+        """The rows of a change; its factors stay in memory for the chunks that follow."""
+        delta = replace(delta, span=None)
+        if delta not in self._changes:
+            size = sum(leaf.info.numel for _, leaf in delta.factors)
+            if self._held + size > HELD:
+                self._changes.clear()
+                self._held = 0
+            factors = {name: self.evaluate(leaf) for name, leaf in delta.factors}
+            self._changes[delta] = placing.change(delta, factors)
+            self._held += size
+        return self._changes[delta]
 
     def _sum_of_arrays(self, expr: Sum, part: tuple[int, int] | None) -> Any:
         arrays = [self.evaluate(term, part) for _, term in expr.terms]

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from functools import reduce
 from operator import add
-from typing import Annotated
+from typing import Annotated, Literal
 
 from plymix.errors import Refusal
 from plymix.methods import Array, model_weights
@@ -120,6 +120,31 @@ def added(a: Array, b: Array) -> Array:
     Source: ComfyUI `ModelAdd`, `CLIPAdd`.
     """
     return a + b
+
+
+@method("linear", adapters=True)
+def lora(
+    model: Array,
+    *loras: Array,
+    strength: tuple[float, ...] = (),
+    te_strength: tuple[float, ...] = (),
+    blocks: tuple[float, ...] = (),
+    dora: Literal["trained", "comfyui"] = "trained",
+) -> Array:
+    """Add LoRAs
+
+    R = M + sum_i s_i D_i
+
+    D_i is what LoRA i, of any family, adds to M; where it depends on M (DoRA, OFT, IA3, GLoRA), on
+    the M of this step, so that the order of the LoRAs changes nothing. `strength` is one number for
+    all or one per LoRA, 1 when left out; `te_strength` the text encoders', `strength` when left
+    out. `blocks` are factors of both in each block: a preset of LoRA block weights, a list of 12,
+    17, 20, 26 or 61 numbers, or numbers by block name. A LoRA with strength 0 is not read.
+    dora: a DoRA's rows are divided by the norms they were trained with, or by those of M, as
+    ComfyUI does.
+    Source: LoRA, arXiv:2106.09685; sd-webui-lora-block-weight for `blocks`.
+    """
+    return _total((model, *loras), [1.0, *model_weights(strength, len(loras))])
 
 
 @method("linear")

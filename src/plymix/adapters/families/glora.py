@@ -1,0 +1,53 @@
+"""GLoRA: a low-rank change of the weight's input side, and one that is added."""
+
+from __future__ import annotations
+
+from plymix.adapters.families import Family, Shapes, Size
+from plymix.methods import Array
+from plymix.methods.arrays import as_rows, namespace
+
+
+def glora(w: Array, a1: Array, a2: Array, b1: Array, b2: Array) -> Array:
+    """Generalised LoRA
+
+    D = W a1 a2 + b1 b2, of a convolution (W a1 a2)[o, j, h, w] = sum_i W[o, i, h, w] (a1 a2)[i, j]
+
+    Old files have the roles exchanged: D = W a2 a1 + b2 b1. They are known by a1 having the
+    rank first.
+    Source: GLoRA, arXiv:2306.07967; LyCORIS `glora` of both kinds.
+    """
+    xp = namespace(w)
+    a1, a2, b1, b2 = (as_rows(x) for x in (a1, a2, b1, b2))
+    if _old(a1.shape):
+        a1, a2, b1, b2 = a2, a1, b2, b1
+    columns = xp.reshape(w, (w.shape[0], w.shape[1], -1))
+    columns = xp.permute_dims(columns, (0, 2, 1)) @ a1 @ a2
+    turned = xp.reshape(xp.permute_dims(columns, (0, 2, 1)), w.shape)
+    return turned + xp.reshape(b1 @ b2, w.shape)
+
+
+def _old(a1: tuple[int, ...]) -> bool:
+    return a1[0] < a1[1]
+
+
+def size(shapes: Shapes) -> Size:
+    b1, b2 = shapes["b1"], shapes["b2"]
+    if _old(shapes["a1"]):
+        b1, b2 = b2, b1
+    columns = 1
+    for n in b2[1:]:
+        columns *= n
+    return b1[0], columns
+
+
+FAMILIES = (
+    Family(
+        name="GLoRA",
+        suffixes={f".{name}.weight": name for name in ("a1", "a2", "b1", "b2")},
+        holds=lambda shapes: {"a1", "a2", "b1", "b2"} <= shapes.keys(),
+        function=glora,
+        size=size,
+        rank=lambda shapes: min(shapes["a1"][:2]),
+        on_weight=True,
+    ),
+)
