@@ -1,6 +1,7 @@
 """LoRAs in recipes: where, how strong, in what order; and what is refused."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -82,9 +83,7 @@ def tensors_of(found):
 def planned_tensor(planned, key, **options):
     tensor = next(t for t in planned.tensors if t.name == key)
     target = engine.MemoryTarget(tensor.nbytes)
-    engine.perform(
-        engine.Job(planned.sources, target), [engine.replace(tensor, offset=0)], **options
-    )
+    engine.perform(engine.Job(planned.sources, target), [replace(tensor, offset=0)], **options)
     kind = {"F32": "<f4", "F16": "<f2"}[tensor.dtype]
     return np.frombuffer(target.data, kind).reshape(tensor.shape)
 
@@ -130,7 +129,7 @@ def test_loras_of_one_name_are_told_by_what_is_in_them(folder, tmp_path):
 
 @pytest.mark.parametrize("threads", [1, 2, 7])
 def test_threads_change_no_byte(threads, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, "SPAN", 1 << 12)
+    monkeypatch.setattr(engine.work, "SPAN", 1 << 12)
     found = recipe(folder, {"s": step(["x", "y", "z"], [0.5, 0.25, -1])}, models="axyz")
     out = tmp_path / "o.safetensors"
     plymix.merge(found, out=out, threads=threads)
