@@ -1493,7 +1493,9 @@ class _AdapterSettings(_Settings):
         for strength in self.strengths:
             factor = strength.factor(own)
             if self.rules:
-                factor = weights.apply_rules(self.rules, place.block, key, factor, self.rule_blocks)
+                factor = weights.apply_rules(
+                    self.rules, place.block, key, factor, self.rule_blocks, place.part
+                )
             found.append(strength.of(place) * factor)
         return {**self.fixed, "strength": tuple(found)}
 
