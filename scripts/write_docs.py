@@ -227,9 +227,17 @@ STEP_FIELDS = {
 }
 OUTPUT_FIELDS = {
     "from_": "The step, or model, that is written. Left out: the last step.",
-    "file": "Where to: a `.safetensors` or `.ckpt` file. `plymix run -o` comes before it.",
-    "dtype": "Number format of the weights. `keep`: each tensor as the base model has it."
+    "file": "Where to: a `.safetensors`, `.ckpt` or `.gguf` file, or without an ending a diffusers"
+    " folder. `plymix run -o` comes before it.",
+    "dtype": "Number format of the weights, or a table of components and theirs, with `default` for"
+    " the rest. `keep`: each tensor as the base model has it."
     " [Buffers keep theirs](../decisions/01-buffers-are-never-cast.md).",
+    "rounding": "How fp8 rounds: `stochastic` is up or down by chance.",
+    "seed": "For stochastic rounding.",
+    "layout": "Whose names the result has: `diffusers`, or the architecture's own (`ldm` for any,"
+    " and by their right name `sgm`, `sai`, `bfl`). Left out:"
+    " [the base model's](../guide/convert.md#names).",
+    "shard": "The most bytes of a file, as a number or as `5GB`, `2GiB`. Left out: all in one.",
     "vae": "Whose VAE: a model of the recipe, a file, or `blend` (merged like the text encoder)."
     " Left out: [that of the base model](../decisions/02-the-vae-is-the-first-models.md).",
     "text_encoder": "Whose text encoders, all that it has: a model of the recipe or a file. Left"
@@ -299,7 +307,12 @@ def recipes() -> Iterator[str]:
     yield from fields(
         recipe.Output,
         OUTPUT_FIELDS,
-        {"dtype": tuple(recipe.DTYPES), "ema": recipe.EMA, "repair": recipe.REPAIRS},
+        {
+            "dtype": tuple(recipe.DTYPES),
+            "rounding": recipe.ROUNDINGS,
+            "ema": recipe.EMA,
+            "repair": recipe.REPAIRS,
+        },
     )
     yield from (
         "The *base model* is the first model of the final step (and of its first step, and so"

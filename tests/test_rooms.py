@@ -31,8 +31,10 @@ ALLOWED = {
     "hashes": {"errors", "hashes"},
     "expr": {"errors", "registry", "formats", "expr"},
     "pairing": FORMATS | ARCHS | {"expr", "pairing"},
+    "respelling": ARCHS | {"pairing", "respelling"},
     "adapters": BOTTOM | {"pairing", "adapters"},
-    "plan": BOTTOM | {"pairing", "plan", "adapters"},
+    "plan": BOTTOM | {"pairing", "respelling", "plan", "adapters"},
+    "folder": FORMATS | ARCHS | {"plan", "folder"},
     "temporary": {"temporary"},
     "engine": BOTTOM | {"plan", "engine", "gpu", "temporary", "adapters"},
 }

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from plymix.api import Explanation, Result, explain, merge, open, two_models
+    from plymix.api import Explanation, Result, convert, explain, merge, open, two_models
     from plymix.errors import Cancelled, Failure, FormatError, PlymixError, Refusal
     from plymix.expression import Expression, merge_method, model
     from plymix.health import check
@@ -40,6 +40,7 @@ _HOMES = {
     "Result": "api",
     "Session": "session",
     "check": "health",
+    "convert": "api",
     "explain": "api",
     "extract": "upkeep",
     "import_recipe": "importers",
@@ -67,6 +68,7 @@ __all__ = [
     "Session",
     "__version__",
     "check",
+    "convert",
     "explain",
     "extract",
     "import_recipe",

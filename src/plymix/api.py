@@ -17,13 +17,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union, cast
 
+import msgspec
+
 from plymix import hashes, metadata, weights
 from plymix import plan as planning
 from plymix import recipe as recipes
 from plymix.archs.views import CLASSIC
 from plymix.errors import Refusal, listed, unknown
 from plymix.expr import Leaf
-from plymix.formats import Source, open_model, writer_for
+from plymix.formats import Source, is_folder_name, open_model, writer_for
+from plymix.formats.base import Content
 from plymix.plan import Input, Plan, available_cpus
 from plymix.recipe import BLEND, Recipe
 from plymix.registry import get_method
@@ -124,7 +127,11 @@ def two_models(
     text_encoder: PathLike = "",
     text_encoder_2: PathLike = "",
     unet: PathLike = "",
-    dtype: str = "keep",
+    dtype: str | Mapping[str, str] = "keep",
+    rounding: str = "nearest",
+    seed: int = 0,
+    layout: str = "",
+    shard: int | str = 0,
     ema: str = "drop",
     union: bool = False,
     arch: PathLike = "",
@@ -137,9 +144,11 @@ def two_models(
     in a recipe. `presets` is a file of presets of your own (MBW's preset.tsv, supermerger's
     mbwpresets.txt), whose names `alpha` may use. `base` is the text encoder's share where `alpha`
     is not a plain number. `vae` is "a", "b", "blend" or a file; `text_encoder` (all there are),
-    `text_encoder_2` and `unet` (or transformer) are "a", "b", a file, or "" to be merged. `arch` is
-    "any" for a plain merge by key, or a file that describes an architecture of your own.
-    `block_view` says whose blocks the weights are for. Raises Refusal.
+    `text_encoder_2` and `unet` (or transformer) are "a", "b", a file, or "" to be merged. `dtype`
+    is one for all or a mapping of components to dtypes; `rounding` and `seed` are for fp8. `layout`
+    is "ldm" or "diffusers", `shard` the most bytes a file may have ("5GB"). `arch` is "any" for a
+    plain merge by key, or a file that describes an architecture of your own. `block_view` says
+    whose blocks the weights are for. Raises Refusal.
     """
     models = {"a": os.fspath(a), "b": os.fspath(b)}
     step: dict[str, Any] = {"method": method, "a": "a", "b": "b"}
@@ -157,7 +166,11 @@ def two_models(
     named |= letters | ({"vae": ""} if letters.get("vae") == "a" else {})
     output = {
         "from": "merge",
-        "dtype": dtype,
+        "dtype": dtype if isinstance(dtype, str) else dict(dtype),
+        "rounding": rounding,
+        "seed": seed,
+        "layout": layout,
+        "shard": shard,
         **named,
         "ema": ema,
         "union": union,
@@ -228,29 +241,100 @@ def merge(
     force: bool = False,
     threads: int = 0,
     device: str = "cpu",
+    configs: PathLike = "",
     progress: ProgressCallback | None = None,
     **options: Any,
 ) -> Result:
-    """Merge two models, or run a Recipe or an expression, into the file `out`.
+    """Merge two models, or run a Recipe or an expression, into the file or folder `out`.
 
         merge("a.safetensors", "b.safetensors", "out.safetensors", alpha=0.3)
         merge((plymix.model("a.ckpt") + plymix.model("b.ckpt")) / 2, "out.ckpt", dtype="fp16")
 
     Options are those of `two_models` or, for an expression, the fields of a recipe's [output]; and
-    `models` and `strict` as for `explain`. `out` ends in .safetensors or .ckpt; an existing file is
-    replaced only with `force`. `threads` 0 means one per processor. `progress` is called a few
-    times a second with a `Progress`; if it returns False the merge stops and leaves nothing.
+    `models` and `strict` as for `explain`. `out` ends in .safetensors, .ckpt or .gguf; without an
+    ending it is a diffusers folder, whose configurations may be those of the folder `configs`. What
+    exists is replaced only with `force`. `threads` 0 means one per processor. `progress` is called
+    a few times a second with a `Progress`; if it returns False the merge stops and leaves nothing.
     Raises Refusal before anything is read, Failure or Cancelled after.
     """
     if out is None and not _is_path(a):
         b, out = None, b
     path = output_path(a, out)
     ready(path, force)
-    with _plan(a, b, options) as plan:
-        return run(plan, path, threads=threads, device=device, progress=progress)
+    with _plan(a, b, options, path) as plan:
+        return run(plan, path, threads=threads, device=device, configs=configs, progress=progress)
 
 
-def _plan(a: PathLike | Recipe | Expression, b: PathLike | None, options: dict[str, Any]) -> Plan:
+def convert(
+    file: PathLike,
+    out: PathLike,
+    *,
+    layout: str = "",
+    dtype: str | Mapping[str, str] = "keep",
+    rounding: str = "nearest",
+    seed: int = 0,
+    shard: int | str = 0,
+    configs: PathLike = "",
+    force: bool = False,
+    threads: int = 0,
+    progress: ProgressCallback | None = None,
+) -> Result:
+    """Write the model `file` as `out`: in another container, layout or number format.
+
+        convert("model.ckpt", "model.safetensors", dtype="fp16")
+        convert("model.safetensors", "folder")         # a diffusers folder
+        convert("folder", "model.safetensors")         # and back
+
+    The options are those of `merge`. Tensors that keep their dtype keep their bytes. Raises as
+    `merge` does.
+    """
+    path = output_path("", out)
+    ready(path, force)
+    said = conversion(file, layout=layout, dtype=dtype, rounding=rounding, seed=seed, shard=shard)
+    with planning.build(aimed(said, path)) as plan:
+        return run(plan, path, threads=threads, configs=configs, progress=progress)
+
+
+def conversion(file: PathLike, **output: Any) -> Recipe:
+    """The recipe of a conversion: a model, no steps, and the fields of [output].
+
+    What is no model (a VAE, a LoRA) is taken key by key. Raises Refusal.
+    """
+    from plymix import pairing
+
+    with open_model(file) as source:
+        found = pairing.pair(source).detection
+    whole = found.arch is not None and found.kind in ("checkpoint", "denoiser")
+    if isinstance(output.get("dtype"), Mapping):
+        output["dtype"] = dict(output["dtype"])
+    return recipes.from_dict(
+        {
+            "models": {"a": os.fspath(file)},
+            "output": {"from": "a", "ema": "keep", "arch": "" if whole else "any", **output},
+        }
+    )
+
+
+def aimed(recipe: Recipe, path: Path) -> Recipe:
+    """`recipe` as it is written to `path`: what goes to a folder has diffusers' names."""
+    if not is_folder_name(path) or recipe.output.layout == "diffusers":
+        return recipe
+    if recipe.output.layout:
+        raise Refusal(
+            f"{path} is to be a diffusers folder, which has no {recipe.output.layout} names: name a"
+            f" file ({path.name}.safetensors), or leave out --layout"
+        )
+    return msgspec.structs.replace(
+        recipe, output=msgspec.structs.replace(recipe.output, layout="diffusers")
+    )
+
+
+def _plan(
+    a: PathLike | Recipe | Expression,
+    b: PathLike | None,
+    options: dict[str, Any],
+    path: Path | None = None,
+) -> Plan:
     folders: Sequence[str] = options.pop("models", ())
     strict: bool = options.pop("strict", False)
     if not isinstance(a, Recipe) and not _is_path(a):
@@ -258,16 +342,15 @@ def _plan(a: PathLike | Recipe | Expression, b: PathLike | None, options: dict[s
     if isinstance(a, Recipe):
         if b is not None or options:
             raise Refusal("a Recipe says it all: give no second model and no merge options with it")
-        return planning.build(a, folders=folders, strict=strict)
+        return planning.build(aimed(a, path) if path else a, folders=folders, strict=strict)
     if b is None:
         raise Refusal("a merge of files needs two of them; to run a recipe, pass a Recipe")
     known = two_models.__kwdefaults__ or {}
     for name in options:
         if name not in known:
             raise unknown("option", name, [*known, "models", "strict"])
-    return planning.build(
-        two_models(cast("PathLike", a), b, **options), folders=folders, strict=strict
-    )
+    said = two_models(cast("PathLike", a), b, **options)
+    return planning.build(aimed(said, path) if path else said, folders=folders, strict=strict)
 
 
 def _is_path(value: object) -> bool:
@@ -284,15 +367,26 @@ def output_path(a: PathLike | Recipe | Expression, out: PathLike | None) -> Path
 
 def ready(path: Path, force: bool) -> None:
     """Refuse an output that cannot or should not be written, before any work."""
-    writer_for(path)
-    if path.is_dir():
-        raise Refusal(f"{path} is a folder; name a file in it")
+    if not is_folder_name(path):
+        writer_for(path)
+        if path.is_dir():
+            raise Refusal(f"{path} is a folder; name a file in it")
     if not path.parent.is_dir():
         raise Refusal(f"the folder {path.parent} does not exist; make it first")
     if not os.access(path.parent, os.W_OK):
         raise Refusal(f"the folder {path.parent} is read-only; choose another place")
-    if path.exists() and not force:
-        raise Refusal(f"{path} exists; say --force to replace it, or choose another name")
+    if path.is_dir() and force:
+        from plymix.engine.sets import is_model
+
+        if not is_model(path):
+            raise Refusal(
+                f"{path} is a folder that holds no model, and would be replaced as a whole: choose"
+                " another name"
+            )
+    shards = path.with_name(f"{path.stem}.safetensors.index.json")
+    for there in (path, shards):
+        if there.exists() and not force:
+            raise Refusal(f"{there} exists; say --force to replace it, or choose another name")
 
 
 def run(
@@ -301,12 +395,14 @@ def run(
     *,
     threads: int = 0,
     device: str = "cpu",
+    configs: PathLike = "",
     progress: ProgressCallback | None = None,
     made: tuple[Source, Plan] | None = None,
 ) -> Result:
-    """Carry out a plan into the file `path` (checked by `ready`).
+    """Carry out a plan into the file or folder `path` (checked by `ready`).
 
-    `made` is an earlier result and its plan: tensors that both plans make alike are copied from it.
+    `configs` is a diffusers folder whose small files go into a folder that is written. `made` is an
+    earlier result and its plan: tensors that both plans make alike are copied from it.
     """
     from plymix import engine
 
@@ -314,7 +410,8 @@ def run(
         from plymix import gpu
 
         gpu.require(device)
-    tensors, layout = plan.layout(path, metadata.build(plan))
+    notes: list[str] = []
+    tensors, layout = plan.layout(path, metadata.build(plan), _configs(configs, notes))
     late = {metadata.pending(i): _hasher(i.source.files, plan.recipe, i) for i in plan.inputs}
     sources = plan.sources
     if made is not None:
@@ -336,7 +433,7 @@ def run(
         progress=progress,
     )
     return Result(
-        path=path,
+        path=path.parent / layout.index if layout.index else path,
         formula=metadata.formula(plan.recipe),
         nbytes=written.nbytes,
         seconds=written.seconds,
@@ -344,8 +441,21 @@ def run(
         copied=plan.copied,
         dropped=sum(len(keys) for rules in plan.dropped.values() for keys in rules.values()),
         unmatched=sum(map(len, plan.unmatched.values())),
-        notes=(*plan.notes, *_spoilt(written.nonfinite)),
+        notes=(*plan.notes, *notes, *_spoilt(written.nonfinite)),
     )
+
+
+def _configs(given: PathLike, notes: list[str]) -> Callable[[Plan], Mapping[str, Content]]:
+    """What gives the small files of a folder; `notes` gets what a user should know of them."""
+
+    def found(plan: Plan) -> Mapping[str, Content]:
+        from plymix import folder
+
+        files = folder.configs(plan, os.fspath(given))
+        notes.extend(folder.remarks(plan, files))
+        return files
+
+    return found
 
 
 def _spoilt(nonfinite: Mapping[str, int]) -> list[str]:
@@ -459,6 +569,7 @@ __all__ = [
     "Explanation",
     "Result",
     "Share",
+    "convert",
     "explain",
     "merge",
     "open",

@@ -330,13 +330,20 @@ def narrow(expr: Expr, channels: int) -> Expr:
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of the output: its name there, where its bytes go, what they are made of."""
+    """One tensor of the output: its name there, where its bytes go, what they are made of.
+
+    With `encoding` the file packs it where it suits. With `noise`, a (seed, key), it is rounded up
+    or down by chance. `first` is the index of its first element in the whole, if it is a part.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     expr: Expr
     offset: int = 0
+    encoding: str = ""
+    noise: tuple[int, str] | None = None
+    first: int = 0
 
     @property
     def numel(self) -> int:

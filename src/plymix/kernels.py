@@ -257,7 +257,7 @@ class Backend:
             np.take(_fp8_table(dtype), x, out=out, mode="clip")
 
     def narrow(self, x: Any, dtype: str, out: Any) -> None:
-        """float32 to `dtype`, ties to even; fp8 e4m3 saturates at 448 (it has no infinity)."""
+        """float32 to `dtype`, ties to even; fp8 saturates (see `_to_fp8`)."""
         if dtype == "F32" or dtype == "F64":
             np.copyto(out, x)
         elif dtype == "F16":
@@ -394,7 +394,10 @@ def _to_bf16(x: Any) -> Any:
 
 
 def _to_fp8(x: Any, dtype: str) -> Any:
-    """Nearest code, ties to even. e4m3 saturates at 448; e5m2 overflows to infinity."""
+    """Nearest code, ties to even; what is too large becomes the largest, 448 or 57344.
+
+    e5m2 keeps infinity, which e4m3 does not have.
+    """
     largest = 0x7E if dtype == "F8_E4M3" else 0x7B
     values = _fp8_table(dtype)[: largest + 1].astype(np.float64)
     magnitude = np.abs(x.astype(np.float64))
@@ -404,7 +407,7 @@ def _to_fp8(x: Any, dtype: str) -> Any:
     up = (magnitude > middle) | ((magnitude == middle) & (low % 2 == 1) & (high != low))
     code = np.where(up, high, low)
     if dtype == "F8_E5M2":
-        code = np.where(magnitude >= 61440.0, 0x7C, code)  # half a step beyond 57344
+        code = np.where(np.isinf(magnitude), 0x7C, code)
     code = np.where(np.isnan(x), 0x7F, code)
     return (code | (np.signbit(x).astype(np.int64) << 7)).astype(np.uint8)
 

@@ -74,7 +74,7 @@ def _carried(plan: Plan) -> dict[str, str]:
         return {}
     output = plan.recipe.output
     spec_only = output.component or "metadata" in output.drop
-    own = ("plymix.", "modelspec.hash")
+    own = ("plymix.", "modelspec.hash", "sshs_")
     return {
         key: value
         for key, value in plan.base.source.metadata.items()

@@ -31,7 +31,8 @@ class Paired:
     keys without a counterpart, `left_out` those of components that are no part of a checkpoint, by
     reason. `names` are those in `tensors` by the file's keys (one that is several: its first).
     `absent` are names (or, with a dot at the end, starts of names) that no file of the dialect has,
-    and why. `spelling` is the way back for a file of one component: each key's views of `tensors`.
+    and why. `spelling` is the way back: each key's views of `tensors`. In a `folder` a key has its
+    component before it: a single file cannot hold them all, since their own names clash.
     """
 
     detection: Detection
@@ -42,6 +43,7 @@ class Paired:
     left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     absent: Mapping[str, str] = field(default_factory=dict)
     spelling: Views = field(default_factory=dict)
+    folder: bool = False
 
     def place(self, key: str) -> Place | None:
         """Where the file's key belongs; None for no key of the architecture."""
@@ -70,10 +72,8 @@ def pair(
             part for name in groups for part in recognise(shapes[name]) if part.component == name
         )
         part = _deciding(list(parts), arch)
-        # One file cannot hold a folder's components by their own names, which clash.
-        return (
-            replace(_paired(part.arch, groups), spelling={}) if part else _unknown(source, shapes)
-        )
+        found = _paired(part.arch, groups) if part else _unknown(source, shapes)
+        return replace(found, folder=True)
     plain = unpaired(source, own)
     if plain.detection.arch and not plain.detection.dialect:
         return plain

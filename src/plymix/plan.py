@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from plymix import archs, pairing, weights
+from plymix import archs, pairing, respelling, weights
 from plymix.archs import Architecture, Detection, Place
 from plymix.archs.dialects import checkpoint_name, shape_of
 from plymix.archs.model import shared_facts
@@ -45,11 +45,11 @@ from plymix.expr import (
     plain_terms,
     positional,
 )
-from plymix.formats import open_model, writer_for
-from plymix.formats.base import WHOLE, Entry, Layout, Source, TensorInfo
+from plymix.formats import is_folder_name, open_model, writer_for
+from plymix.formats.base import WHOLE, Content, Entry, Layout, Source, TensorInfo, together
 from plymix.formats.diffusers import MODEL_INDEX
 from plymix.pairing import DIFFUSERS, Paired
-from plymix.recipe import BLEND, DROPS, DTYPES, PARTS, Recipe, Step
+from plymix.recipe import BLEND, DROPS, DTYPES, PARTS, REST, Recipe, Step, dtypes
 from plymix.registry import Method, Param, get_method
 
 if TYPE_CHECKING:
@@ -123,6 +123,8 @@ class Plan:
     view: View  # the blocks by which weights are given
     alone: str = ""  # the one component that the result holds; "": all
     weights: Mapping[str, Mapping[str, weights.Resolved]] = field(default_factory=dict)
+    components: tuple[str, ...] = ()  # whose tensors it has by diffusers' names; (): by others
+    folder: bool = False  # whether the tensors' names begin with their component
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -163,12 +165,64 @@ class Plan:
             most = max(most, largest * 4 * (2 + len(found)))
         return (least << 20) + threads * most
 
-    def layout(self, path: Path, metadata: Mapping[str, str]) -> tuple[tuple[Tensor, ...], Layout]:
-        """The tensors with their offsets in a file named `path`, and that file's layout."""
-        entries = [Entry(t.name, t.dtype, t.shape) for t in self.tensors]
-        layout: Layout = writer_for(path).layout(entries, metadata)
+    def layout(
+        self,
+        path: Path,
+        metadata: Mapping[str, str],
+        configs: Callable[[Plan], Mapping[str, Content]] = lambda plan: {},
+    ) -> tuple[tuple[Tensor, ...], Layout]:
+        """The tensors with their offsets in what is to be written as `path`, and its layout.
+
+        `configs` gives what else a diffusers folder holds. Raises Refusal for a path that the
+        tensors cannot go to.
+        """
+        entries = [Entry(t.name, t.dtype, t.shape, t.encoding) for t in self.tensors]
+        layout = self._layout(entries, path, metadata, configs)
         placed = tuple(replace(t, offset=layout.offsets[t.name]) for t in self.tensors)
         return placed, layout
+
+    def _layout(
+        self,
+        entries: Sequence[Entry],
+        path: Path,
+        metadata: Mapping[str, str],
+        configs: Callable[[Plan], Mapping[str, Content]],
+    ) -> Layout:
+        limit = int(self.recipe.output.shard)
+        if any(e.encoding for e in entries):
+            if path.suffix.lower() != ".gguf":
+                raise Refusal(f"q8_0 is a dtype of GGUF files; {path.name} is none: name a .gguf")
+            from plymix.formats.gguf import packed
+
+            whole = (packed([replace(e, encoding="")])[0] if e.encoding else e for e in entries)
+            entries = list(whole)
+        if is_folder_name(path):
+            if not self.components:
+                raise Refusal(
+                    f"{path} is to be a diffusers folder and the result has other names: say"
+                    ' --layout diffusers (output.layout = "diffusers"), or name a .safetensors'
+                )
+            from plymix.formats.diffusers import layout_folder
+
+            folder = layout_folder(entries, metadata, configs(self), limit=limit)
+            return together(folder.files, folder.others)
+        if self.folder:
+            raise Refusal(
+                f"{path.name} is one file and cannot hold {listed(self.components)} by diffusers'"
+                f" names, which clash: name a folder (-o {path.stem}), or say --layout ldm"
+            )
+        writer = writer_for(path)
+        if limit and writer.name != "safetensors":
+            raise Refusal(f"shards are .safetensors files; {path.name} is none")
+        if limit:
+            from plymix.formats.sharded import layout_shards
+
+            shards = layout_shards(entries, metadata, limit, path.stem)
+            if len(shards.files) > 1:
+                (index,) = shards.others
+                return together(shards.files, shards.others, index)
+        layout: Layout = writer.layout(entries, metadata)
+        return layout
 
     def used(self, i: Input) -> set[str]:
         """The keys of an input that the output is made of."""
@@ -283,11 +337,15 @@ class _Planner:
         self.notes: list[str] = []
         self.known: dict[tuple[str, str], tuple[Expr, tuple[int, ...]] | None] = {}
         self.lacking: dict[str, list[str]] = {}  # what a missing tensor led to -> keys
+        self.unwritten: Mapping[str, str] = {}  # what the result's layout cannot hold -> why
+        self.components: tuple[str, ...] = ()
+        self.folder = False
 
     def plan(self) -> Plan:
         recipe = self.recipe
         needed = self._needed_models()
         self.any = recipe.output.arch == "any"
+        self.dtypes = dtypes(recipe.output)
         for name in needed:
             self.by_name[name] = self._open(name)
         if self.any and recipe.parts:
@@ -295,6 +353,7 @@ class _Planner:
         self.base = self.by_name[recipe.base()]
         self._not_quantised()
         self._same_architecture()
+        self._known_dtypes()
         self._same_prediction()
         self.settings = {
             name: self._step_settings(name, recipe.steps[name]) for name in recipe.order()
@@ -325,12 +384,12 @@ class _Planner:
         self.followed = {archs.ema_key(key): key for key in self.base.tensors}
         self.adjusted = _Adjustment(recipe.output.adjust, self.arch)
         tensors, places, fates = self._tensors()
-        if not recipe.output.component:
-            tensors, places, fates = self._respelt(tensors, places, fates)
+        self._strength(tensors, fates)
+        tensors, places, fates = self._respelt(tensors, places, fates)
+        tensors = tuple(self._coded(t, places[t.name]) for t in tensors)
         self._idle_rules()
         dropped, unmatched = self._account(tensors)
         self._nothing_matched(tensors)
-        self._strength(tensors, fates)
         if self.strict and any(unmatched.values()):
             worst = {k: v for k, v in unmatched.items() if v}
             text = "; ".join(f"{listed(v)} only in {k}" for k, v in worst.items())
@@ -350,6 +409,8 @@ class _Planner:
             view=self.view,
             alone=self.alone,
             weights={name: s.resolved for name, s in self.settings.items()},
+            components=self.components,
+            folder=self.folder,
         )
 
     # --- inputs ---------------------------------------------------------------------------------
@@ -522,6 +583,19 @@ class _Planner:
             )
         self.notes.append(f"{text}: merged as asked; the markers of {self.base.label} are kept")
 
+    def _known_dtypes(self) -> None:
+        """Refuse dtypes for components that there are not."""
+        known = [c.name for c in self.arch.components] if self.arch else []
+        for component in self.dtypes:
+            if component not in (REST, *known):
+                raise unknown(f"component of {self.short} in output.dtype", component, known)
+        vae = self.dtypes.get("vae", self.dtypes[REST])
+        if vae.startswith("fp8") and "vae" in self.base.components:
+            self.notes.append(
+                "the VAE becomes fp8 too, which costs pictures their detail: vae=keep in the dtype"
+                " leaves it as it is"
+            )
+
     def _wide_base(self, param: Param, step: str) -> float:
         """BASE's weight where a list of block weights says none: the base model's own."""
         if param.name in ("alpha", "beta") and param.range.holds(0.0):
@@ -686,11 +760,13 @@ class _Planner:
             paired = i.paired
             if not paired.dialect:
                 continue
+            keeps = i is self.base and self.recipe.output.layout == "diffusers"
             for why, keys in paired.left_out.items():
-                self.notes.append(f"{i.label}: {len(keys)} tensors left out: {why}")
+                fate = "copied" if keeps else "left out"
+                self.notes.append(f"{i.label}: {len(keys)} tensors {fate}: {why}")
             if paired.unpaired and i is not self.base:
                 self._strange(i, paired.unpaired, "left out")
-            for name, why in paired.absent.items():
+            for name, why in () if keeps else paired.absent.items():
                 if i is self.base or any(
                     key.startswith(name) and not self.base.places[key].buffer
                     for key in self.base.tensors
@@ -735,34 +811,93 @@ class _Planner:
     def _respelt(
         self, tensors: tuple[Tensor, ...], places: dict[str, Place], fates: dict[str, Fate]
     ) -> tuple[tuple[Tensor, ...], dict[str, Place], dict[str, Fate]]:
-        """The tensors as the base's own dialect has them, if its file is one component of it."""
-        base, paired = self.base, self.base.paired
-        made = {tensor.name: tensor for tensor in tensors}
-        own = bool(paired.spelling) and made.keys() <= set(paired.names.values())
-        if paired.unpaired:
-            kept = own and "unknown" not in self.recipe.output.drop
-            self._strange(base, paired.unpaired, "copied" if kept else "left out")
-        if not own:
+        """The tensors in the layout that is asked for, or in the base's own.
+
+        That is the base's if its file is one component and can hold them all.
+        """
+        base, paired, layout = self.base, self.base.paired, self.recipe.output.layout
+        if self.any:
+            if layout and MODEL_INDEX not in base.source.configs:
+                raise Refusal("a layout needs a known architecture; leave out --arch any")
+            if layout == "diffusers":
+                names = (tensor.name.partition("/")[0] for tensor in tensors)
+                self.components, self.folder = tuple(dict.fromkeys(names)), True
+            return tensors, places, fates
+        assert self.arch is not None
+        if self.recipe.output.component:
+            if layout:
+                raise Refusal(
+                    "an extracted component has its architecture's own names, in one file; plymix"
+                    " convert writes it otherwise"
+                )
+            return tensors, places, fates
+        keeps_unknown = "unknown" not in self.recipe.output.drop
+        homes = {places[tensor.name].key: tensor for tensor in tensors}
+        if layout not in ("", "ldm", self.arch.layout, "diffusers"):
+            raise unknown(f"layout of {self.short}", layout, ["diffusers", self.arch.layout])
+        own = not layout and bool(paired.spelling) and not paired.folder
+        own = own and homes.keys() <= set(paired.names.values())
+        if layout != "diffusers" and not own:
+            if paired.unpaired:
+                self._strange(base, paired.unpaired, "left out")
             if paired.dialect:
                 self.notes.append(
                     f"{base.label} has {paired.dialect}' names; the result has the names of"
                     f" {self.short} checkpoints, in one file"
                 )
+                tensors += self._markers(places, fates)
             return tensors, places, fates
+        shapes = {key: tensor.shape for key, tensor in homes.items()}
+        spelling = respelling.in_diffusers(self.arch, shapes, paired)
+        self._unwritten(spelling.unwritten)
+        carried = list(paired.unpaired) if keeps_unknown else []
+        carried += (key for keys in paired.left_out.values() for key in keys)
+        self.components = tuple(
+            dict.fromkeys(
+                (*spelling.views, *(k.partition("/")[0] for k in carried if paired.folder))
+            )
+        )
+        self.folder = paired.folder or len(self.components) > 1
         out: list[Tensor] = []
-        homes = {key: home for key, home in paired.names.items() if home in made}
-        for key, home in homes.items():
-            whole, views = made[home], paired.spelling[key]
-            shape, expr = shape_of(views, {home: whole.shape}), pairing.spelt(whole.expr, views)
-            out.append(replace(whole, name=key, shape=shape, expr=expr))
-        places = {key: places[home] for key, home in homes.items()}
-        fates = {key: fates[home] for key, home in homes.items()}
-        for key in () if "unknown" in self.recipe.output.drop else paired.unpaired:
-            info = base.source.tensors[key]
-            out.append(Tensor(key, info.dtype, info.shape, Leaf(base.index, info)))
-            places[key] = Place(key, "extra", "BUFFER", "BUFFER", True)
-            fates[key] = Fate("copied", base.label)
+        of: dict[str, str] = {}
+        for component, group in spelling.views.items():
+            for inner, views in group.items():
+                name = f"{component}/{inner}" if self.folder else inner
+                whole = homes[views[0].key]
+                of[name] = whole.name
+                shape = shape_of(views, {views[0].key: whole.shape})
+                expr = pairing.spelt(whole.expr, views)
+                out.append(replace(whole, name=name, shape=shape, expr=expr))
+        places = {name: places[home] for name, home in of.items()}
+        fates = {name: fates[home] for name, home in of.items()}
+        if paired.unpaired:
+            self._strange(base, paired.unpaired, "copied" if keeps_unknown else "left out")
+        home = f"{self.arch.denoiser.name}/" if self.folder and not paired.folder else ""
+        for key in carried:
+            info, name = base.source.tensors[key], home + key
+            out.append(Tensor(name, info.dtype, info.shape, Leaf(base.index, info)))
+            places[name] = Place(key, "extra", "BUFFER", "BUFFER", True)
+            fates[name] = Fate("copied", base.label)
         return tuple(out), places, fates
+
+    def _markers(self, places: dict[str, Place], fates: dict[str, Fate]) -> tuple[Tensor, ...]:
+        """What a folder's scheduler says, in the way of SDXL checkpoints: by empty tensors."""
+        assert self.arch is not None
+        source, found = self.base.source, []
+        if self.arch.name == "sdxl" and self.base.prediction == "v":
+            found = ["v_pred"]
+            found += ["ztsnr"] if archs.zero_terminal_snr(source.tensors, source.metadata) else []
+        for key in found:
+            places[key] = Place(key, "extra", "BUFFER", "BUFFER", True)
+            fates[key] = Fate("filled", "the scheduler says so")
+        return tuple(Tensor(key, "F32", (0,), Const(b"", "F32", (0,))) for key in found)
+
+    def _unwritten(self, unwritten: Mapping[str, str]) -> None:
+        """Note what the result cannot hold in diffusers' layout."""
+        self.unwritten = unwritten
+        for why in dict.fromkeys(unwritten.values()):
+            keys = [key for key, reason in unwritten.items() if reason == why]
+            self.notes.append(f"not in the result: {listed(keys, 3)} ({why})")
 
     def _keys(self) -> Iterator[tuple[str, Place]]:
         """Canonical keys of the output, in the base model's order, then those added by rule."""
@@ -839,7 +974,7 @@ class _Planner:
             known = self.base.tensors.get(key, leaf.info)
             info = _fitted(leaf.info, known.shape) or leaf.info
             expr: Expr = Leaf(leaf.source, info)
-            shape, dtype = info.shape, self._dtype(leaf.info)
+            shape, dtype = info.shape, self._dtype(leaf.info, place.component)
             why = "" if swap is self.base else f"{place.component} of {swap.label}"
         else:
             kept = self._kept(key)
@@ -848,7 +983,7 @@ class _Planner:
                 return None
             expr, shape = value
             first = next(i for i in (self.base, *self.inputs) if key in i.tensors)
-            dtype = self._dtype(first.tensors[key])
+            dtype = self._dtype(first.tensors[key], place.component)
             why = f"{self.view.title} leaves it" if kept else ""
         return self.adjusted(key, expr, shape), shape, dtype, why
 
@@ -868,7 +1003,7 @@ class _Planner:
             return None
         if ema == "exchange":
             info = self.base.tensors.get(self.followed.get(key, key), info)
-        return Leaf(self.base.index, info), info.shape, self._dtype(info), "EMA"
+        return Leaf(self.base.index, info), info.shape, self._dtype(info, "ema"), "EMA"
 
     def _buffer(
         self, key: str, info: TensorInfo, owner: int
@@ -880,10 +1015,32 @@ class _Planner:
             return Const(known, "I64", info.shape), info.shape, "I64", "position_ids reset"
         return Leaf(owner, info), info.shape, info.dtype, "buffer"
 
-    def _dtype(self, info: TensorInfo) -> str:
-        """The output's dtype; what a file holds in coarse blocks is kept as fp16."""
-        asked = DTYPES[self.recipe.output.dtype] or ("F16" if info.encoding else "")
-        return asked if asked and info.is_float and info.numel else info.dtype
+    def _dtype(self, info: TensorInfo, component: str) -> str:
+        """The output's dtype; what a file holds in coarse blocks is kept as fp16.
+
+        fp8 is for matrices and kernels: vectors are small, and norms do not stand it.
+        """
+        asked = self._asked(component)
+        if not info.is_float or not info.numel or (asked.startswith("fp8") and len(info.shape) < 2):
+            return info.dtype
+        return DTYPES[asked] or ("F16" if info.encoding else info.dtype)
+
+    def _asked(self, component: str) -> str:
+        """The dtype that the recipe asks for a component. EMA weights follow the denoiser."""
+        if component == "ema" and self.arch is not None:
+            component = self.arch.denoiser.name
+        return self.dtypes.get(component, self.dtypes[REST])
+
+    def _coded(self, tensor: Tensor, place: Place) -> Tensor:
+        """`tensor` with what its dtype says beyond a number format: packing, rounding by chance."""
+        asked, output = self._asked(place.component), self.recipe.output
+        if place.buffer or tensor.dtype != DTYPES[asked]:
+            return tensor
+        if asked == "q8_0":
+            return replace(tensor, encoding="Q8_0")
+        if asked.startswith("fp8") and output.rounding == "stochastic":
+            return replace(tensor, noise=(output.seed, tensor.name))
+        return tensor
 
     def _leaf(self, owner: Input, key: str) -> Leaf | None:
         info = owner.tensors.get(key)
@@ -1115,7 +1272,9 @@ class _Planner:
                 if key not in apart:
                     rules.setdefault(rule, []).append(key)
             for left_out in (i.paired.left_out, i.source.left_out):
-                rules.update((why, list(keys)) for why, keys in left_out.items())
+                for why, left in left_out.items():
+                    if lost := [key for key in left if (i.index, key) not in used]:
+                        rules[why] = lost
             dropped[i.name] = {rule: tuple(keys) for rule, keys in rules.items()}
         return dropped, unmatched
 
@@ -1158,6 +1317,8 @@ class _Planner:
     def _drop_rule(self, i: Input, key: str) -> str:
         """Why a key of `i` that the other models have is not in the output."""
         output, place = self.recipe.output, i.places[key]
+        if key in self.unwritten:
+            return self.unwritten[key]
         if place.component == "ema" and output.ema != "keep":
             return f"ema = {output.ema}"
         if rule := self._left_out(key, place):

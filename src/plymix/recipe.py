@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 import msgspec
 
@@ -30,7 +30,19 @@ from plymix.registry import Method, get_method
 METADATA_KEY = "plymix.recipe"
 """Where a result carries its recipe in its metadata."""
 
-DTYPES = {"keep": "", "fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+DTYPES = {
+    "keep": "", "fp32": "F32", "fp16": "F16", "bf16": "BF16",
+    "fp8_e4m3fn": "F8_E4M3", "fp8_e5m2": "F8_E5M2", "q8_0": "F32",
+}  # fmt: skip
+"""What `output.dtype` may say, and what is computed for it. "q8_0" packs what it suits (GGUF)."""
+
+REST = "default"
+"""In a table of dtypes: all components that it does not name."""
+
+LAYOUTS = ("ldm", "sgm", "sai", "bfl", "diffusers")
+"""Whose names a result may have: diffusers', or the architecture's own. "ldm" is any one's own."""
+
+ROUNDINGS = ("nearest", "stochastic")
 EMA = ("drop", "keep", "use", "exchange")
 REPAIRS = ("position_ids", "names")
 PARTS = {
@@ -79,6 +91,10 @@ class Step(msgspec.Struct, frozen=True):
 class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     """What is made of the last step's result.
 
+    dtype         of all, or a table {component: dtype}, "default" for those it does not name
+    rounding      "stochastic": up or down by chance (seeded by `seed` and key), in fp8 only
+    layout        diffusers, or the architecture's own (ldm, sgm, sai, bfl); "": the base model's
+    shard         bytes per file at most (or "5GB", "2GiB"); 0: all in one
     vae           a model, a file, or "blend" (merged like the text encoder); "": the base model's
     text_encoder  a model or a file, for all text encoders it has; "": merged by the steps
     text_encoder_2, unet   the same for the second text encoder and the U-Net or transformer
@@ -97,7 +113,11 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
 
     from_: str = ""
     file: str = ""
-    dtype: str = "keep"
+    dtype: Union[str, dict[str, str]] = "keep"
+    rounding: str = "nearest"
+    seed: int = 0
+    layout: str = ""
+    shard: Union[int, str] = 0
     vae: str = ""
     text_encoder: str = ""
     text_encoder_2: str = ""
@@ -379,8 +399,14 @@ def _output(found: dict[str, Any], models: Mapping[str, Any], steps: Mapping[str
         output = msgspec.convert({**found, "from_": final}, Output)
     except msgspec.ValidationError as e:
         raise Refusal(f"output: {e}") from None
-    if output.dtype not in DTYPES:
-        raise unknown("output.dtype", output.dtype, DTYPES)
+    output = msgspec.structs.replace(output, shard=nbytes(output.shard))
+    output = msgspec.structs.replace(output, dtype=_dtypes(output.dtype))
+    if output.rounding not in ROUNDINGS:
+        raise unknown("output.rounding", output.rounding, ROUNDINGS)
+    if output.rounding == "stochastic" and not any("fp8" in d for d in dtypes(output).values()):
+        raise Refusal('rounding = "stochastic" is for fp8; choose the dtype fp8_e4m3fn or fp8_e5m2')
+    if output.layout not in ("", *LAYOUTS):
+        raise unknown("output.layout", output.layout, LAYOUTS)
     if output.ema not in EMA:
         raise unknown("output.ema", output.ema, EMA)
     if output.date and not _DATE.fullmatch(output.date):
@@ -392,6 +418,46 @@ def _output(found: dict[str, Any], models: Mapping[str, Any], steps: Mapping[str
     if isinstance(said, str) and said not in ("", "any") and not said.lower().endswith(".toml"):
         raise unknown("output.arch", said, ["any", "FILE.toml"])
     return output
+
+
+def dtypes(output: Output) -> dict[str, str]:
+    """The dtype asked for each component, and for the REST of them."""
+    said = output.dtype
+    return {REST: said} if isinstance(said, str) else {REST: "keep", **said}
+
+
+def _dtypes(said: str | dict[str, str]) -> str | dict[str, str]:
+    """A setting of dtypes in its shortest form; texts are 'fp16' or 'fp16,vae=fp32'."""
+    if isinstance(said, str):
+        table: dict[str, str] = {}
+        for entry in said.split(","):
+            component, equals, dtype = entry.strip().rpartition("=")
+            component = component.strip() if equals else REST
+            if component in table:
+                raise Refusal(f"output.dtype = {said!r} says {component} twice")
+            table[component] = dtype.strip()
+    else:
+        table = dict(said)
+    for dtype in table.values():
+        if dtype not in DTYPES:
+            raise unknown("output.dtype", dtype, DTYPES)
+    return table.get(REST, "keep") if table.keys() <= {REST} else table
+
+
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
+
+
+def nbytes(size: int | str) -> int:
+    """'5GB' or '4.5 GiB' as bytes; 0 for none. GB are 1000^3 bytes, GiB 1024^3. Raises Refusal."""
+    if isinstance(size, int):
+        if size < 0:
+            raise Refusal(f"output.shard = {size} is less than nothing")
+        return size
+    match = _SIZE.fullmatch(size)
+    if match is None:
+        raise Refusal(f"{size!r} is no size of a shard; write it as 5GB, 4.5GB or 2GiB")
+    number, unit, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(unit.lower() or " "))
 
 
 def _check_references(recipe: Recipe) -> None:

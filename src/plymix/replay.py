@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,9 @@ from plymix import plan as planning
 from plymix import recipe as recipes
 from plymix.engine import ProgressCallback
 from plymix.errors import Refusal, listed
-from plymix.formats import Handle, open_model
+from plymix.folder import configs
+from plymix.formats import Handle, is_folder_name, open_model, sharded
+from plymix.formats.base import Part
 from plymix.plan import Plan
 from plymix.recipe import Model, Recipe
 
@@ -50,11 +54,18 @@ def replay(
     anywhere below `folders`. Raises Refusal that names an input that is missing or altered.
     """
     path = Path(path)
-    out = Path(out) if out else Path(f"{path.stem}-replay{path.suffix}")
+    own = _own_name(path)
+    out = Path(out) if out else Path(f"{own.stem}-replay{own.suffix}")
     api.ready(out, force)
     recipe = embedded(path)
     with planning.build(recipe, paths=find(recipe, path, folders)) as plan:
         return api.run(plan, out, threads=threads, progress=progress)
+
+
+def _own_name(path: Path) -> Path:
+    """The name that a result was written under: of shards, that of their index without its end."""
+    match = sharded.INDEX.fullmatch(path.name)
+    return path.with_name(f"{match['stem']}.{match[2]}") if match else path
 
 
 def find(recipe: Recipe, path: Path, folders: Folders) -> dict[str, Path]:
@@ -138,15 +149,22 @@ def _compare(
     threads: int,
     progress: ProgressCallback | None,
 ) -> Verdict:
-    tensors, layout = plan.layout(path, metadata.build(plan))
-    handle = Handle(path)
-    try:
-        if handle.size != layout.size:
-            return Verdict(
-                False,
-                f"{path.name} has {handle.size:,} bytes; its recipe makes {layout.size:,}",
-            )
-        target = _Comparison(handle)
+    own = _own_name(path)
+    tensors, layout = plan.layout(own, metadata.build(plan), configs)
+    home = own if is_folder_name(own) else own.parent
+    parts = layout.parts or (Part(own.name, 0, layout.size),)
+    if missing := [part.name for part in parts if not (home / part.name).is_file()]:
+        return Verdict(False, f"{path.name} lacks {listed(missing)}, which its recipe makes")
+    with ExitStack() as stack:
+        handles = [Handle(home / part.name) for part in parts]
+        for handle, part in zip(handles, parts, strict=True):
+            stack.callback(handle.close)
+            if handle.size != part.size:
+                return Verdict(
+                    False,
+                    f"{part.name} has {handle.size:,} bytes; its recipe makes {part.size:,}",
+                )
+        target = _Comparison(parts, handles)
         job = engine.Job(plan.sources, target)
         engine.perform(job, tensors, threads=threads, progress=progress)
         wrong = [t.name for t in tensors if target.differs(t.offset, t.nbytes)]
@@ -158,7 +176,7 @@ def _compare(
             )
         known = {metadata.pending(i): recipe.models[i.name].sha256 for i in plan.inputs}
         pieces = [(at, bytearray(piece)) for at, piece in engine.patched(layout.pieces, known)]
-        for at, patch in layout.finish(handle.read_at) if layout.finish else ():
+        for at, patch in layout.finish(target.read_at) if layout.finish else ():
             for start, piece in pieces:
                 if start <= at < start + len(piece):
                     piece[at - start : at - start + len(patch)] = patch
@@ -166,31 +184,30 @@ def _compare(
             target.write_at(at, piece)
         if target.wrong:
             return Verdict(False, f"the tensors of {path.name} are right, its header differs")
-    finally:
-        handle.close()
     return Verdict(True, f"{path.name} is exactly what its recipe makes ({len(tensors)} tensors)")
 
 
 class _Comparison:
-    """An engine target that compares with a file instead of writing one."""
+    """An engine target that compares with files instead of writing them."""
 
-    waits = False
-
-    def __init__(self, handle: Handle) -> None:
-        self._handle = handle
+    def __init__(self, parts: Sequence[Part], handles: Sequence[Handle]) -> None:
+        self.waits = False
+        self._starts = [part.start for part in parts]
+        self._handles = handles
         self._lock = threading.Lock()
         self.wrong: list[tuple[int, int]] = []
 
     def write_at(self, offset: int, data: Any) -> None:
         view = memoryview(data).cast("B")
         there = bytearray(len(view))
-        self._handle.read_at(offset, there)
+        self.read_at(offset, there)
         if there != view:
             with self._lock:
                 self.wrong.append((offset, offset + len(view)))
 
     def read_at(self, offset: int, out: Any) -> None:
-        self._handle.read_at(offset, out)
+        i = bisect_right(self._starts, offset) - 1
+        self._handles[i].read_at(offset - self._starts[i], out)
 
     def copy_from(self, handle: Any, offset: int, at: int, nbytes: int) -> int:
         return 0

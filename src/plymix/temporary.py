@@ -13,6 +13,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import shutil
 import time
 from functools import cache
 from pathlib import Path
@@ -32,13 +33,32 @@ _FLAGS = os.O_RDWR | getattr(os, "O_BINARY", 0)
 
 def create(path: Path) -> tuple[int, Path]:
     """A new temporary for `path`, open and locked, and its name. Raises OSError."""
-    temporary = path.with_name(f".{_short(path.name)}.{_kernel()}-{os.getpid()}{ENDING}")
+    temporary = _name(path)
     while True:
         fd = os.open(temporary, _FLAGS | os.O_CREAT | os.O_EXCL, 0o666)
         _lock(fd, wait=True)
         if _is(temporary, fd):
             return fd, temporary
         os.close(fd)  # swept between its making and its lock
+
+
+def create_folder(path: Path) -> tuple[int, Path]:
+    """A new temporary folder for `path`, locked by a descriptor, or -1. Raises OSError."""
+    temporary = _name(path)
+    while True:
+        temporary.mkdir()
+        if not hasattr(os, "O_DIRECTORY"):
+            return -1, temporary
+        with contextlib.suppress(FileNotFoundError):  # swept between its making and its lock
+            fd = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY)
+            _lock(fd, wait=True)
+            if _is(temporary, fd):
+                return fd, temporary
+            os.close(fd)
+
+
+def _name(path: Path) -> Path:
+    return path.with_name(f".{_short(path.name)}.{_kernel()}-{os.getpid()}{ENDING}")
 
 
 def sweep(folder: Path) -> None:
@@ -49,17 +69,25 @@ def sweep(folder: Path) -> None:
 
 
 def _sweep(found: Path) -> None:
-    fd = os.open(found, _FLAGS | getattr(os, "O_NOFOLLOW", 0))
+    whole = found.is_dir() and not found.is_symlink()
+    fd = os.open(found, (os.O_RDONLY if whole else _FLAGS) | getattr(os, "O_NOFOLLOW", 0))
     try:
         locked = _lock(fd)
         ours = f".{_kernel()}-" in found.name
         idle = time.time() - os.fstat(fd).st_mtime > ABANDONED
         gone = idle if locked is None else locked and (ours or idle)
         if gone and fcntl is not None and _is(found, fd):
-            found.unlink()
+            _remove(found, whole)
     finally:
         os.close(fd)
     if gone and fcntl is None:  # Windows removes no file that anybody has open
+        _remove(found, whole)
+
+
+def _remove(found: Path, whole: bool) -> None:
+    if whole:
+        shutil.rmtree(found, ignore_errors=True)
+    else:
         found.unlink()
 
 

@@ -549,7 +549,7 @@ REFUSED: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     ((*MERGE, "--alpha", "nan"), ("nan", "finite")),
     ((*MERGE, "--base", "0.2", "--alpha", "0.1" + ",1" * 25), ("BASE",)),
     ((*MERGE, "--method", "weigted_sum"), ("weighted_sum",)),
-    ((*MERGE, "--dtype", "fp8"), ('"fp8"', "fp16")),
+    ((*MERGE, "--dtype", "fp8"), ("'fp8'", "fp8_e4m3fn")),
     ((*MERGE, "--threads", "-1"), ("--threads -1",)),
     ((*MERGE, "--vae", "gone.safetensors"), ("gone.safetensors does not exist",)),
     ((*MERGE, "--treads", "3"), ("did you mean --threads?",)),

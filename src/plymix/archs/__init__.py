@@ -29,7 +29,7 @@ from plymix.archs.model import (
     names,
     quantised,
 )
-from plymix.archs.predicts import Prediction, prediction
+from plymix.archs.predicts import Prediction, prediction, zero_terminal_snr
 
 
 def described(file: str | os.PathLike[str]) -> Architecture | None:
@@ -58,4 +58,5 @@ __all__ = [
     "names",
     "prediction",
     "quantised",
+    "zero_terminal_snr",
 ]

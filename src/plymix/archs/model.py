@@ -97,7 +97,7 @@ class Architecture(Family, frozen=True, kw_only=True, forbid_unknown_fields=True
     the deepest one's. `lists` says what each accepted length of a list of block weights means,
     `lora_lists` the same for LoRA block weights. `views` are other tools' divisions. `input_conv`
     is the key whose dimension 1 grows in inpainting and similar variants; `input_channels` of it
-    are in all of them, and come first.
+    are in all of them, and come first. `layout` says whose names its own are.
     """
 
     name: str = ""
@@ -112,6 +112,7 @@ class Architecture(Family, frozen=True, kw_only=True, forbid_unknown_fields=True
     buffers: tuple[str, ...] = ()
     input_conv: str | None = None
     input_channels: int = 4
+    layout: str = "ldm"
 
     def __hash__(self) -> int:
         return hash(self.name)

@@ -38,3 +38,8 @@ def prediction(
         # SDXL files without a marker are epsilon models (ComfyUI writes and reads it so).
         return Prediction("epsilon", "convention")
     return Prediction("", "unknown")
+
+
+def zero_terminal_snr(keys: Collection[str], metadata: Mapping[str, str]) -> bool:
+    """Whether a file says that its noise schedule ends in pure noise (sd-scripts' word for it)."""
+    return "ztsnr" in keys or metadata.get("ss_zero_terminal_snr") == "True"

@@ -12,6 +12,7 @@ from plymix.cli import screen
 from plymix.cli.options import (
     Arch,
     BlockView,
+    Configs,
     DryRun,
     Folders,
     Force,
@@ -117,7 +118,7 @@ def mbw(
         vae=vae,
         text_encoder=text_encoder,
     )
-    with planned(recipe) as plan:
+    with planned(api.aimed(recipe, path)) as plan:
         for text in notes:
             screen.note(text)
         formula = classic_formula(Path(model_1).name, Path(model_2).name, shares, weights)
@@ -267,6 +268,7 @@ def merge(
     *,
     output: Output = "",
     options: Merge = Merge(),  # noqa: B008  (frozen)
+    configs: Configs = "",
     force: Force = False,
     threads: Threads = 0,
     device: OnDevice = "cpu",
@@ -287,11 +289,13 @@ def merge(
     checked_threads(threads)
     note_presets(options.presets)
     recipe = api.two_models(a, b, **options.recipe_options())
+    if output:
+        recipe = api.aimed(recipe, path)
     with planned(recipe, strict=options.strict) as plan:
         if dry_run:
             show_plan(plan, json)
         else:
-            show_result(plan, carry_out(plan, path, threads, device), json)
+            show_result(plan, carry_out(plan, path, threads, device, configs), json)
 
 
 def explain(
@@ -336,8 +340,8 @@ def explain(
             raise Refusal("--set is for recipes; for two models say --alpha and the like")
         note_presets(options.presets)
         recipe, folders = api.two_models(a, b, **options.recipe_options()), [*models]
-    file = output or recipe.output.file
     if output:
-        api.ready(Path(file), force)
+        api.ready(Path(output), force)
+        recipe = api.aimed(recipe, Path(output))
     with planned(recipe, folders, strict=options.strict) as plan:
         show_plan(plan, json)

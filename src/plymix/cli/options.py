@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from inspect import signature
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Optional
 
 from cyclopts import Parameter
 
 from plymix.errors import Refusal
 
 Dtype = Literal["keep", "fp32", "fp16", "bf16"]
+Layout = Literal["ldm", "sgm", "sai", "bfl", "diffusers"]
+Rounding = Literal["nearest", "stochastic"]
 Device = Literal["cpu", "cuda"]
 
 
@@ -52,8 +54,42 @@ Threads = Annotated[int, option("Worker threads; 0 is one per processor.", metav
 OnDevice = Annotated[Device, option("Where to compute; cuda needs torch.")]
 Output = Annotated[
     str,
-    option("The result: .safetensors or .ckpt.", "--output", "-o", default=False, metavar="FILE"),
+    option(
+        "The result: .safetensors, .ckpt, .gguf, or a folder.",
+        "--output",
+        "-o",
+        default=False,
+        metavar="FILE",
+    ),
 ]
+Dtypes = Annotated[
+    str,
+    option(
+        "Number format: keep, fp32, fp16, bf16, fp8_e4m3fn, fp8_e5m2, q8_0 (.gguf); or one per"
+        " component, as in fp16,vae=fp32.",
+        metavar="DTYPE",
+    ),
+]
+InLayout = Annotated[
+    Optional[Layout],  # noqa: UP045
+    option(
+        "Names of the result: diffusers, or the model's own (ldm, sgm, sai, bfl). [default: A's]",
+        default=False,
+    ),
+]
+Shard = Annotated[
+    str, option("Split .safetensors into files of this size.", default=False, metavar="5GB")
+]
+Configs = Annotated[
+    str,
+    option(
+        "A diffusers folder whose configs and tokenizers go into a folder that is written.",
+        default=False,
+        metavar="DIR",
+    ),
+]
+Rounded = Annotated[Rounding, option("How fp8 rounds; stochastic is drawn from --seed.")]
+Seed = Annotated[int, option("For --rounding stochastic.", metavar="N")]
 Folders = Annotated[
     tuple[str, ...],
     option("A folder to look for model files in; repeatable.", default=False, metavar="DIR"),
@@ -138,7 +174,11 @@ class Merge:
         str,
         option("The same for the U-Net or transformer.", metavar="a|b|c|FILE", default=False),
     ] = ""
-    dtype: Annotated[Dtype, option("Number format of the result.")] = "keep"
+    dtype: Dtypes = "keep"
+    rounding: Rounded = "nearest"
+    seed: Seed = 0
+    layout: InLayout = None
+    shard: Shard = ""
     ema: Annotated[
         Literal["drop", "keep", "use"],
         option("EMA weights: leave out, copy A's, or merge them in place of the others."),
@@ -154,7 +194,8 @@ class Merge:
     def recipe_options(self) -> dict[str, Any]:
         """The arguments of `plymix.api.two_models`."""
         said = {k: v for k, v in self.__dict__.items() if k != "strict"}
-        return {**said, "block_view": self.block_view or "classic"}
+        empty = {"block_view": "classic", "layout": "", "shard": 0}
+        return said | {name: said[name] or none for name, none in empty.items()}
 
 
 def checked_threads(threads: int) -> int:

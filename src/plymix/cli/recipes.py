@@ -10,6 +10,7 @@ from plymix.cli import screen
 from plymix.cli.options import (
     Arch,
     BlockView,
+    Configs,
     DryRun,
     Folders,
     Force,
@@ -101,13 +102,14 @@ def run(
     block_view: BlockView = None,
     models: Folders = (),
     strict: Strict = False,
+    configs: Configs = "",
     force: Force = False,
     threads: Threads = 0,
     device: OnDevice = "cpu",
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
-    """Run a recipe (TOML) into one file.
+    """Run a recipe (TOML) into a file or folder.
 
     Models are looked for as the recipe names them, then in --models, then beside the recipe. In
     every step alpha is the share of the second model.
@@ -118,11 +120,12 @@ def run(
     if output or not dry_run:
         path = api.output_path(found, output)
         api.ready(path, force)
+        found = api.aimed(found, path)
     with planned(found, folders, strict=strict) as plan:
         if dry_run:
             show_plan(plan, json)
         else:
-            show_result(plan, carry_out(plan, path, threads, device), json)
+            show_result(plan, carry_out(plan, path, threads, device, configs), json)
 
 
 def replay(

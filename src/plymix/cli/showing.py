@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from plymix.plan import Plan
 
 
-def carry_out(plan: Plan, path: Path, threads: int, device: Device) -> Result:
+def carry_out(
+    plan: Plan, path: Path, threads: int, device: Device = "cpu", configs: str = ""
+) -> Result:
     """Run a plan with its notes and a progress line."""
     from plymix import api
 
@@ -23,7 +25,12 @@ def carry_out(plan: Plan, path: Path, threads: int, device: Device) -> Result:
         screen.note(text)
     with screen.ProgressLine() as progress:
         result = api.run(
-            plan, path, threads=checked_threads(threads), device=device, progress=progress
+            plan,
+            path,
+            threads=checked_threads(threads),
+            device=device,
+            configs=configs,
+            progress=progress,
         )
     for text in result.notes[len(plan.notes) :]:  # what only the work could tell
         screen.note(text)

@@ -32,6 +32,7 @@ from plymix.formats.base import Layout, Piece, Source
 from plymix.plan import available_cpus
 
 if TYPE_CHECKING:
+    from plymix.engine.sets import AtomicFolder, AtomicShards
     from plymix.engine.worker import Worker
 
 __all__ = [
@@ -210,20 +211,26 @@ def write(
     late: Mapping[str, Callable[[Callable[[], bool]], str]] | None = None,
     progress: ProgressCallback | None = None,
 ) -> Written:
-    """Write a whole file: tensors, then the pieces around them, then its name.
+    """Write a whole file, or several: tensors, then the pieces around them, then the name.
 
     `late` gives, for each place-holder in the layout's pieces, a function that computes its value
     (of the same length); they run beside the merge. Raises Failure or Cancelled; then nothing is
     left behind and a file that had the name before is as it was.
     """
     began = time.monotonic()
-    file = AtomicFile(path, layout.size, read_back=layout.finish is not None)
+    file: AtomicFile | AtomicFolder | AtomicShards
+    if layout.parts:
+        from plymix.engine.sets import several
+
+        file = several(path, layout)
+    else:
+        file = AtomicFile(path, layout.size, read_back=layout.finish is not None)
     with file as target:
         within: Target = target if layout.through is None else layout.through(target)
         job = Job(sources, within, device=device)
         values = _Late(late or {}, lambda: job.stop)
         try:
-            with flushing(target):
+            with flushing(target.files):
                 perform(job, tensors, threads=threads, progress=progress)
             found = values.wait(progress, began)
         except BaseException:

@@ -6,7 +6,7 @@ import errno
 import mmap
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -75,6 +75,7 @@ class FileTarget:
 
     def __init__(self, fd: int, direct: int = -1) -> None:
         self.fd = fd
+        self.files: Sequence[FileTarget] = (self,)
         self.direct = direct
         self.cached = 0  # bytes written by way of the system's cache, about
         self._lock = threading.Lock()
@@ -178,20 +179,21 @@ def steps(at: int, nbytes: int, most: int) -> Iterator[tuple[int, int]]:
 
 
 @contextmanager
-def flushing(target: FileTarget) -> Iterator[None]:
+def flushing(targets: Sequence[FileTarget]) -> Iterator[None]:
     """Have the disk write along: the fsync at the end then finds little left to do."""
     done = threading.Event()
 
     def loop() -> None:
-        flushed = 0
+        flushed = dict.fromkeys(targets, 0)
         while not done.wait(0.05):
-            if target.cached - flushed < FLUSHED:
-                continue
-            flushed = target.cached
-            try:
-                os.fdatasync(target.fd)
-            except OSError:
-                return  # the fsync at the end meets the same error and tells it
+            for target in targets:
+                if target.cached - flushed[target] < FLUSHED:
+                    continue
+                flushed[target] = target.cached
+                try:
+                    os.fdatasync(target.fd)
+                except OSError:
+                    return  # the fsync at the end meets the same error and tells it
 
     thread = threading.Thread(target=loop, daemon=True)
     if hasattr(os, "fdatasync"):

@@ -108,7 +108,7 @@ def _pieces(tensor: Tensor) -> Iterator[Tensor]:
     for start, stop in zip([0, *ends], ends, strict=False):
         at = tensor.offset + start * BITS[tensor.dtype] // 8
         part = cut(tensor.expr, start, stop)
-        yield replace(tensor, shape=(stop - start,), expr=part, offset=at)
+        yield replace(tensor, shape=(stop - start,), expr=part, offset=at, first=start)
 
 
 def _item(tensor: Tensor) -> Item:
@@ -117,7 +117,7 @@ def _item(tensor: Tensor) -> Item:
         info = expr.info
         return CopyItem(expr.source, info.file, info.offset, tensor.offset, tensor.nbytes)
     terms = plain_terms(expr)
-    if terms:
+    if terms and tensor.noise is None:
         operands = tuple(
             Operand(c, x.source, x.info.file, x.info.offset, x.info.dtype) for c, x in terms
         )

@@ -11,6 +11,7 @@ import numpy as np
 
 from plymix import kernels
 from plymix.adapters import placing
+from plymix.engine import rounding
 from plymix.engine.files import Buffers, steps
 from plymix.engine.work import CHUNK, ChunkItem, SumItem, WholeItem, chunk_of
 from plymix.expr import (
@@ -73,7 +74,7 @@ class Worker:
                     case Leaf(source, info) if info.dtype == tensor.dtype:  # gathered
                         data = self.job.sources[source].read(info)
                         self.job.target.write_at(tensor.offset, data)
-                    case expr if terms := leaf_terms(expr):
+                    case expr if tensor.noise is None and (terms := leaf_terms(expr)):
                         data = self._sum_gathered(tensor, terms)
                         self._put(tensor.offset, data, tensor.dtype)
                     case expr:
@@ -157,9 +158,11 @@ class Worker:
             data = self.buffers(0, piece.size * size, offset)
             out = np.frombuffer(data, kernels.NUMPY[tensor.dtype])
             for i in range(0, piece.size, CHUNK):
-                kernels.best_backend().narrow(
-                    piece[i : i + CHUNK], tensor.dtype, out[i : i + CHUNK]
-                )
+                values = piece[i : i + CHUNK]
+                if tensor.noise is not None:
+                    first = tensor.first + start + at + i
+                    values = rounding.by_chance(values, tensor.dtype, tensor.noise, first)
+                kernels.best_backend().narrow(values, tensor.dtype, out[i : i + CHUNK])
             self._put(offset, data, tensor.dtype)
 
     def evaluate(self, expr: Expr, part: tuple[int, int] | None = None) -> Any:

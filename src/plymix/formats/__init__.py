@@ -32,6 +32,7 @@ __all__ = [
     "Layout",
     "Source",
     "TensorInfo",
+    "is_folder_name",
     "open_file",
     "open_model",
     "writer_for",
@@ -110,9 +111,15 @@ def writer_for(path: Path) -> ModuleType:
     if writer is None:
         raise Refusal(
             f"{path.name}: cannot tell the format from the ending {path.suffix!r};"
-            " use .safetensors or .ckpt (or .gguf)"
+            " use .safetensors or .ckpt (or .gguf), or no ending for a diffusers folder"
         )
     return _module(writer)
+
+
+def is_folder_name(path: Path) -> bool:
+    """Whether a result of this name is a folder: it has no ending, or one like 'v1.5'."""
+    ending = path.suffix.lower()
+    return ending not in WRITERS and (not ending[1:2].isalpha() or path.is_dir())
 
 
 def _nearest(path: Path) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, Union
 
 from plymix.errors import FormatError, Refusal
 
@@ -277,6 +277,18 @@ class Entry:
 Piece = tuple[int, bytes]
 """(absolute offset, bytes) of something in a file that is not tensor data."""
 
+Content = Union[bytes, Path]
+"""A small file that goes along: its bytes, or the file to copy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One file of a layout of several: its path, and the bytes of the layout that are its own."""
+
+    name: str
+    start: int
+    size: int
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -291,6 +303,10 @@ class Layout:
 
     `through`, if there is one, wraps the engine's target: encoded tensors have offsets beyond
     `size`, and what is written there is encoded and put where it belongs.
+
+    A model in several files has one layout too (see `together`): `parts` are its files, `others`
+    the small ones that go along, by their path. Nothing is in the gaps between the parts. `index`
+    is the file that makes a model of them where they do not lie in a folder of their own.
     """
 
     offsets: Mapping[str, int]
@@ -298,3 +314,29 @@ class Layout:
     pieces: Sequence[Piece]
     finish: Callable[[Callable[[int, Any], None]], Iterable[Piece]] | None = None
     through: Callable[[Any], Any] | None = None
+    parts: Sequence[Part] = ()
+    others: Mapping[str, Content] = field(default_factory=dict)
+    index: str = ""
+
+
+GAP = 4096
+"""Bytes at least between two parts of a layout, so that no range reaches from one to the next; each
+begins at a multiple of it, so that what is aligned in the layout is aligned in the file."""
+
+
+def together(
+    files: Sequence[tuple[str, Layout]], others: Mapping[str, Content], index: str = ""
+) -> Layout:
+    """Several files, whose layouts have no late or encoded parts, as one layout."""
+    offsets: dict[str, int] = {}
+    pieces: list[Piece] = []
+    parts: list[Part] = []
+    at = 0
+    for file, layout in files:
+        assert layout.finish is layout.through is None
+        parts.append(Part(file, at, layout.size))
+        offsets.update((key, at + offset) for key, offset in layout.offsets.items())
+        pieces += ((at + offset, data) for offset, data in layout.pieces)
+        at += (layout.size // GAP + 2) * GAP
+    size = sum(part.size for part in parts)
+    return Layout(offsets, size, pieces, parts=parts, others=others, index=index)

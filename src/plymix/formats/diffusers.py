@@ -13,11 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple
 
 from plymix.errors import FormatError, Refusal, listed
 from plymix.formats import WEIGHTS, open_file, sharded
-from plymix.formats.base import Entry, Handle, Layout, Source, joined
+from plymix.formats.base import Content, Entry, Handle, Layout, Source, joined
 
 name = "diffusers"
 MODEL_INDEX = "model_index.json"
@@ -190,9 +190,6 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 # ---- writing
-
-Content = Union[bytes, Path]
-"""A small file of a folder: its bytes, or the file to copy."""
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def open_file(path: Path) -> Source:
     agree with the shards about what lies where.
     """
     file = path.name
-    homes, total = _index(path)
+    homes, total = index(path)
     shards = sorted(set(homes.values()))
     if len(shards) > MAX_SHARDS:
         raise FormatError(f"{file} names {len(shards):,} shards (limit {MAX_SHARDS:,})")
@@ -80,7 +80,7 @@ def open_file(path: Path) -> Source:
     return Source(path, name, tensors, metadata, tuple(notes), handles=handles)
 
 
-def _index(path: Path) -> tuple[dict[str, str], int | None]:
+def index(path: Path) -> tuple[dict[str, str], int | None]:
     """The shard of every tensor, and the size of all if the index says one."""
     handle = Handle(path)
     try:
