@@ -504,6 +504,7 @@ def keys(component: archs.model.Component) -> str:
 ALSO = {
     "plymix.recipe": ("load", "from_toml", "from_json", "to_toml", "to_json"),
     "plymix.replay": ("replay", "verify"),
+    "plymix.difference": ("Difference", "Distance", "Compared"),
     "plymix.upkeep": ("Upkeep", "LeftOut", "Repair"),
     "plymix.weights": ("presets", "load_preset_file"),
     "plymix.inspection": ("Report",),

@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from plymix.api import Explanation, Result, convert, explain, merge, open, two_models
+    from plymix.difference import diff
     from plymix.errors import Cancelled, Failure, FormatError, PlymixError, Refusal
     from plymix.expression import Expression, merge_method, model
     from plymix.health import check
@@ -41,6 +42,7 @@ _HOMES = {
     "Session": "session",
     "check": "health",
     "convert": "api",
+    "diff": "difference",
     "explain": "api",
     "extract": "upkeep",
     "import_recipe": "importers",
@@ -69,6 +71,7 @@ __all__ = [
     "__version__",
     "check",
     "convert",
+    "diff",
     "explain",
     "extract",
     "import_recipe",

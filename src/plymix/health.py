@@ -11,10 +11,9 @@ from __future__ import annotations
 import os
 import re
 import threading
-import time
 from collections.abc import Container, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -23,14 +22,15 @@ import numpy as np
 from plymix import archs, kernels
 from plymix.archs import Architecture, Detection
 from plymix.archs.model import Names, shared_facts
-from plymix.engine import Progress, ProgressCallback
-from plymix.errors import Cancelled, FormatError, listed, unknown
+from plymix.engine import ProgressCallback
+from plymix.errors import FormatError, listed, unknown
 from plymix.formats import open_model
 from plymix.formats.base import BITS, Source, TensorInfo
 from plymix.inspection import has_places, paired_or_not, placed
 from plymix.pairing import Paired
-from plymix.plan import MAX_IDS, available_cpus
+from plymix.plan import MAX_IDS
 from plymix.recipe import DTYPES
+from plymix.sweep import sweep
 
 CHUNK = 1 << 20
 """Bytes that a thread reads and judges at a time."""
@@ -227,13 +227,13 @@ class _Scanner:
     def __init__(self, source: Source, target: str) -> None:
         self.source = source
         self.target = target
-        self.stop = False
+        self.stop = threading.Event()
         self._local = threading.local()
 
     def __call__(self, info: TensorInfo) -> Scan:
         total = Scan()
         for data in self._chunks(info):
-            if self.stop:
+            if self.stop.is_set():
                 break
             total += scan(data, info.dtype, self.target)
         return total
@@ -256,25 +256,9 @@ def _scanned(
     """Every float tensor but position ids with its scan, in the file's order."""
     infos = [i for i in source.tensors.values() if i.is_float and i.numel and not _is_ids(i.name)]
     scanner = _Scanner(source, target)
-    total, done = sum(i.nbytes for i in infos), 0
-    began = told = time.monotonic()
-    scans: dict[TensorInfo, Scan] = {}
-    with ThreadPoolExecutor(available_cpus()) as pool:
-        try:
-            for info, result in zip(infos, pool.map(scanner, infos), strict=True):
-                scans[info] = result
-                done += info.nbytes
-                now = time.monotonic()
-                if progress is None or (now - told < 0.1 and done < total):
-                    continue
-                told = now
-                if progress(Progress("checking", done, total, now - began)) is False:
-                    raise Cancelled("stopped before the whole file was checked")
-        except BaseException:
-            scanner.stop = True
-            pool.shutdown(cancel_futures=True)
-            raise
-    return scans
+    size = attrgetter("nbytes")
+    found = sweep(scanner, infos, size, phase="checking", stop=scanner.stop, progress=progress)
+    return dict(found)
 
 
 # --- findings -----------------------------------------------------------------------------------

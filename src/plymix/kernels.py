@@ -281,6 +281,19 @@ class Backend:
         with np.errstate(over="ignore"):
             np.copyto(out, x, casting="same_kind")
 
+    def dot(self, x: Any, y: Any) -> float:
+        """The sum of x * y, in float64, of two rows of float32 or two of float64.
+
+        Not by BLAS, which starts threads of its own for as many numbers.
+        """
+        return float(np.einsum("i,i->", x, y, dtype=np.float64))
+
+    def apart(self, x: Any, y: Any) -> float:
+        """The sum of (x - y)^2, in float64, of two rows of float32 or two of float64."""
+        with np.errstate(invalid="ignore", over="ignore"):
+            difference = x.astype(np.float64) - y
+        return self.dot(difference, difference)
+
     def pair(self, x: Any, y: Any, a: float, b: float, dtype: str, out: Any) -> None:
         """`out = a*x + b*y` for two rows of one 16-bit dtype and an `out` of the same."""
         first, second = np.empty(x.size, np.float32), np.empty(x.size, np.float32)
@@ -343,6 +356,12 @@ class NumKong(Backend):
         else:
             self.widen(x, dtype, scratch)
             self._nk.astype(scratch, "float64", out=out)
+
+    def dot(self, x: Any, y: Any) -> float:
+        return float(self._nk.dot(x, y))
+
+    def apart(self, x: Any, y: Any) -> float:
+        return float(self._nk.sqeuclidean(x, y))
 
     def single(self, x: Any, out: Any) -> None:
         self._nk.astype(x, "float32", out=out)

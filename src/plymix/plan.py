@@ -747,7 +747,7 @@ class _Planner:
             )
         for key, info in wanted.items():
             theirs = part.tensors.get(key)
-            if theirs is not None and _fitted(theirs, info.shape) is None:
+            if theirs is not None and fitted(theirs, info.shape) is None:
                 raise Refusal(
                     f"{key} has the shape {list(theirs.shape)} in {part.label} and"
                     f" {list(info.shape)} in {self.base.label}; use a {component} made for"
@@ -972,7 +972,7 @@ class _Planner:
             if leaf is None:
                 return None
             known = self.base.tensors.get(key, leaf.info)
-            info = _fitted(leaf.info, known.shape) or leaf.info
+            info = fitted(leaf.info, known.shape) or leaf.info
             expr: Expr = Leaf(leaf.source, info)
             shape, dtype = info.shape, self._dtype(leaf.info, place.component)
             why = "" if swap is self.base else f"{place.component} of {swap.label}"
@@ -1475,7 +1475,7 @@ def _require_model(i: Input, base: Input) -> None:
     raise Refusal(f"{i.label} is {detection.title}{seen}{beside}; {advice}")
 
 
-def _fitted(info: TensorInfo, shape: tuple[int, ...]) -> TensorInfo | None:
+def fitted(info: TensorInfo, shape: tuple[int, ...]) -> TensorInfo | None:
     """`info` in another shape that differs by trailing ones (linear and 1x1 convolution)."""
     if info.shape == shape:
         return info
@@ -1492,7 +1492,7 @@ def _fitted_expr(expr: Expr, shape: tuple[int, ...], wanted: tuple[int, ...]) ->
     if shape == wanted:
         return expr
     if isinstance(expr, Leaf):
-        info = _fitted(expr.info, wanted)
+        info = fitted(expr.info, wanted)
         return None if info is None else Leaf(expr.source, info)
     if isinstance(expr, Delta) and expr.of is None and _trimmed(shape) == _trimmed(wanted):
         return replace(expr, shape=wanted, seen=wanted if not expr.pieces else expr.seen)
