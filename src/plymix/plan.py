@@ -212,6 +212,8 @@ class Plan:
                 f" names, which clash: name a folder (-o {path.stem}), or say --layout ldm"
             )
         writer = writer_for(path)
+        if writer.name == "gguf" and self.arch is not None:  # its readers ask for it
+            metadata = {"general.architecture": self.arch.gguf or self.arch.name, **metadata}
         if limit and writer.name != "safetensors":
             raise Refusal(f"shards are .safetensors files; {path.name} is none")
         if limit:

@@ -11,12 +11,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import plymix
-from plymix import engine, plan
+from plymix import archs, engine, plan, replay
 from plymix.errors import Failure, FormatError, Refusal
 from plymix.formats import gguf, open_model, virtual
 from plymix.formats.base import Entry
 from plymix.formats.gguf_blocks import Q8_0, QUANTS, encode_q8_0
 from small import deviation, draw, load, real, recipe, save
+from tiny import write
 
 F = np.float32
 KIND = {q.name: number for number, q in QUANTS.items()}
@@ -726,3 +727,23 @@ def test_the_engine_writes_packed_tensors(tmp_path):
         if key != "c.bias":
             want = Q8_0.decode(encode_q8_0(x.reshape(-1, 32)))
         assert result[key][3] == np.ascontiguousarray(want).tobytes()
+
+
+@pytest.mark.parametrize(("arch", "known"), [("sd1", "sd1"), ("sdxl", "sdxl"), ("flux1", "flux")])
+def test_a_result_says_its_architecture_as_comfyui_gguf_reads_it(tmp_path, arch, known):
+    package = pytest.importorskip("gguf")
+    golden = {"flux1": "flux-dev"}.get(arch, arch)
+    files = [write(tmp_path / f"{n}.safetensors", golden, i) for i, n in enumerate("ab")]
+    plymix.merge(*files, tmp_path / "m.gguf", alpha=0.5, dtype="fp16")
+    reader = package.GGUFReader(tmp_path / "m.gguf")
+    assert reader.get_field("general.architecture").contents() == known
+    assert plymix.inspect(tmp_path / "m.gguf").metadata["general.architecture"] == known
+    del reader
+    assert replay.verify(tmp_path / "m.gguf").ok
+
+
+def test_every_architecture_has_a_name_in_gguf():
+    for name in archs.names():
+        arch = archs.load(name)
+        assert (arch.gguf or arch.name).isprintable()
+        assert arch.gguf != arch.name  # said once

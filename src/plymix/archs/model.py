@@ -98,11 +98,13 @@ class Architecture(Family, frozen=True, kw_only=True, forbid_unknown_fields=True
     `lora_lists` the same for LoRA block weights. `views` are other tools' divisions. `input_conv`
     is the key whose dimension 1 grows in inpainting and similar variants; `input_channels` of it
     are in all of them, and come first. `layout` says whose names its own are.
+    `gguf` is its `general.architecture` as ComfyUI-GGUF has it, where that is not `name`.
     """
 
     name: str = ""
     title: str
     modelspec: str = ""
+    gguf: str = ""
     blocks: tuple[str, ...]
     lists: dict[int, tuple[str, ...]] = {}
     lora_lists: dict[int, tuple[str, ...]] = {}
