@@ -9,30 +9,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
+from plymix import urls
+from plymix.cache import cache_folder
 from plymix.errors import Cancelled
+from plymix.formats.base import open_handle
 
 CHUNK = 1 << 18
 _lock = threading.Lock()
 
 
-def cache_folder() -> Path:
-    """Where plymix keeps what it can compute again."""
-    if wish := os.environ.get("PLYMIX_CACHE"):
-        return Path(wish)
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home())) / "plymix"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "plymix"
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "plymix"
-
-
 def _identity(path: Path) -> str:
+    if urls.is_url(path):
+        with _opened(path) as file:
+            return f"{urls.text(path)}|{file.version}"
     stat = path.stat()
     return f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
 
@@ -56,13 +52,25 @@ def sha256(path: Path, stopped: Callable[[], bool] = lambda: False) -> str:
 
     `stopped` is asked between chunks; when it says True, Cancelled is raised.
     """
-    if found := known_sha256(path):
+    if found := known_sha256(path) or _stated(path):
         return found
     before = _identity(path)
     value = _digest(path, 0, None, stopped)
     if _identity(path) == before:
         _remember(before, value)
     return value
+
+
+def _stated(path: Path) -> str:
+    """The SHA-256 that a server says a file has; "" where none does."""
+    if not urls.is_url(path):
+        return ""
+    with _opened(path) as file:
+        return str(file.sha256)
+
+
+def _opened(path: Path) -> Any:
+    return closing(open_handle(path))
 
 
 def model_sha256(files: Sequence[Path], stopped: Callable[[], bool] = lambda: False) -> str:
@@ -94,12 +102,13 @@ def legacy_hash(path: Path) -> str:
 def _digest(path: Path, start: int, length: int | None, stopped: Callable[[], bool]) -> str:
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(CHUNK))
-    left = length if length is not None else sys.maxsize
-    with open(path, "rb", buffering=0) as file:
-        file.seek(start)
-        while left and (n := file.readinto(buffer[: min(left, CHUNK)])):
-            digest.update(buffer[:n])
-            left -= n
+    with _opened(path) as file:
+        end = file.size if length is None else min(file.size, start + length)
+        file.expect([(start, end)])
+        for at in range(start, end, CHUNK):
+            part = buffer[: min(CHUNK, end - at)]
+            file.read_at(at, part)
+            digest.update(part)
             if stopped():
                 raise Cancelled("stopped; nothing was written")
     return digest.hexdigest()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from plymix import archs, pairing, respelling, weights
+from plymix import archs, pairing, respelling, urls, weights
 from plymix.archs import Architecture, Detection, Place
 from plymix.archs.dialects import checkpoint_name, shape_of
 from plymix.archs.model import shared_facts
@@ -82,7 +82,7 @@ class Input:
     @property
     def label(self) -> str:
         """The file's name as the recipe has it, without folders; what is not text becomes '?'."""
-        path = PurePath(self.file)
+        path = PurePath(urls.name(self.file) if urls.is_url(self.file) else self.file)
         path = path.parent if path.name == MODEL_INDEX and path.parent.name else path
         return path.name.encode("utf-8", "replace").decode()
 
@@ -309,6 +309,8 @@ def own_architecture(
 
 def locate(file: str, folders: Sequence[str | os.PathLike[str]]) -> Path:
     """`file` as named, or in one of `folders` (by its whole relative path, then by its name)."""
+    if urls.is_url(file):
+        return urls.path(file)
     path = Path(file).expanduser()
     if path.exists() or path.is_absolute():
         return path

@@ -24,6 +24,7 @@ from typing import Any, Union
 import msgspec
 
 from plymix import weights
+from plymix import urls
 from plymix.errors import Refusal, unknown
 from plymix.registry import Method, get_method
 
@@ -262,7 +263,7 @@ def from_dict(found: Any) -> Recipe:
 
 def _with_part(recipe: Recipe, part: str) -> Recipe:
     """A file named in `output.vae` or the like, made a model of the recipe with a name."""
-    file = getattr(recipe.output, part)
+    file = urls.public(getattr(recipe.output, part))
     if not file or file in recipe.models or (part == "vae" and file == BLEND):
         return recipe
     others = [n for n, m in recipe.models.items() if m.file != file]
@@ -298,7 +299,7 @@ def model_name(file: str, taken: Iterable[str]) -> str:
     'models/My Mix v1.0 (fp16).safetensors' -> 'My_Mix_v1.0_(fp16)'
     """
     used = {BLEND, *taken}
-    stem = re.sub(r"[^\w.+()-]", "_", Path(file.replace("\\", "/")).stem).lstrip(".+()-")
+    stem = re.sub(r"[^\w.+()-]", "_", Path(urls.name(file.replace("\\", "/"))).stem).lstrip(".+()-")
     stem = stem or "model"
     return next(n for n in chain((stem,), (f"{stem}-{i}" for i in count(2))) if n not in used)
 
@@ -312,6 +313,8 @@ def _model(name: str, found: Any) -> Model:
     check_name("model", name)
     if isinstance(found, str):
         found = {"file": found}
+    if isinstance(found, dict) and isinstance(found.get("file"), str):
+        found = {**found, "file": urls.public(found["file"])}
     _fields(f"models.{name}", found, Model.__struct_fields__)
     try:
         model = msgspec.convert(found, Model)

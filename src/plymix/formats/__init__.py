@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+from plymix import urls
 from plymix.errors import FormatError, Refusal
 from plymix.formats.base import (
     BITS,
@@ -22,6 +23,7 @@ from plymix.formats.base import (
     Layout,
     Source,
     TensorInfo,
+    open_handle,
 )
 
 __all__ = [
@@ -60,11 +62,18 @@ def _module(name: str) -> ModuleType:
 
 
 def open_model(path: str | os.PathLike[str]) -> Source:
-    """Open a model file or folder and read its headers.
+    """Open a model file or folder, or a file on the web, and read its headers.
 
-    Raises Refusal or FormatError, in well under 1 s.
+    Raises Refusal or FormatError, in well under 1 s where the web has no part in it.
     """
-    path = Path(path)
+    path = urls.path(path)
+    if urls.is_url(path):
+        if path.name == "model_index.json":
+            raise Refusal(
+                f"{urls.text(path)}: a folder on the web cannot be listed; name one file, such as"
+                " the transformer's or unet's weights, or its *.index.json"
+            )
+        return _unpacked(open_file(path))
     if not path.exists():
         raise Refusal(f"{path} does not exist{_nearest(path)}")
     if path.is_dir() or path.name == "model_index.json":
@@ -87,19 +96,19 @@ def _unpacked(source: Source) -> Source:
 
 def open_file(path: Path, readers: Sequence[str] = READERS) -> Source:
     """Open one file by the first of `readers` that knows its first bytes."""
-    if not path.is_file():
+    if not urls.is_url(path) and not path.is_file():
         raise Refusal(f"{path} is not a regular file; plymix needs positioned reads")
-    handle = Handle(path)
+    handle = open_handle(path)
     try:
         head = handle.head(512)
+        if not head:
+            raise FormatError(f"{path.name} is empty (0 bytes); fetch it again")
+        for reader in map(_module, readers):
+            if reader.sniff(head):
+                source: Source = reader.open_file(path)
+                return source
     finally:
         handle.close()
-    if not head:
-        raise FormatError(f"{path.name} is empty (0 bytes); fetch it again")
-    for reader in map(_module, readers):
-        if reader.sniff(head):
-            source: Source = reader.open_file(path)
-            return source
     raise FormatError(
         f"{path.name} is neither safetensors nor a torch checkpoint nor GGUF: {_looks_like(head)}"
     )

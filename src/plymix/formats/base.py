@@ -12,12 +12,14 @@ from __future__ import annotations
 import math
 import os
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, Union
 
+from plymix import urls
 from plymix.errors import FormatError, Refusal
 
 BITS: dict[str, int] = {
@@ -65,6 +67,15 @@ class TensorInfo:
     def scattered(self) -> bool:
         """Whether its elements do not lie in row-major order, in one piece or several."""
         return self.strides is not None or any(part.scattered for part in self.parts)
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """The byte range of its file in which it lies, if it lies in one piece."""
+        numel = self.numel
+        if numel and self.strides is not None:
+            steps = zip(self.shape, self.strides, strict=True)
+            numel = 1 + sum((n - 1) * step for n, step in steps)
+        return self.offset, self.offset + (numel * BITS[self.dtype] + 7) // 8
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -135,6 +146,28 @@ class Source:
             return out
         return _gather(self, info)
 
+    def expect(self, infos: Iterable[TensorInfo]) -> None:
+        """Say which tensors will be read, before they are: what is on the web comes faster then."""
+        if not self.remote:
+            return
+        ranges: dict[int, list[tuple[int, int]]] = {}
+        for info in infos:
+            for part in info.parts or (info,):
+                begin, end = part.extent
+                ranges.setdefault(part.file, []).append((begin, end))
+        for file, found in ranges.items():
+            self.handles[file].expect(found)
+
+    @property
+    def remote(self) -> bool:
+        """Whether any of its files is on the web."""
+        return any(urls.is_url(path) for path in self.files)
+
+    def stop(self) -> None:
+        """Have reads that wait for something end with Cancelled."""
+        for handle in self.handles if self.remote else ():
+            handle.stop()
+
     def close(self) -> None:
         for handle in self.handles:
             handle.close()
@@ -193,11 +226,43 @@ class Readable(Protocol):
 
     def read_at(self, offset: int, out: Any) -> None: ...
 
+    def expect(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Byte ranges that will be read, for what can fetch several reads at once."""
+
+    def stop(self) -> None:
+        """Have reads that wait for something end with Cancelled."""
+
     def close(self) -> None: ...
 
 
-class Handle:
-    """An open file with thread-safe positioned reads.
+class OpenFile(ABC):
+    """An open file, wherever it is, with thread-safe positioned reads."""
+
+    path: Path
+    size: int
+
+    @abstractmethod
+    def read_at(self, offset: int, out: Any) -> None:
+        """Fill the buffer `out` from `offset`. Raises FormatError at the end of the file."""
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+    def expect(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Byte ranges that will be read."""
+
+    def stop(self) -> None:
+        """Have reads that wait for something end with Cancelled."""
+
+    def head(self, n: int, offset: int = 0) -> bytes:
+        """Up to `n` bytes at `offset`."""
+        out = bytearray(max(0, min(n, self.size - offset)))
+        self.read_at(offset, out)
+        return bytes(out)
+
+
+class Handle(OpenFile):
+    """A file on this machine.
 
     `os.preadv` where the system has it; elsewhere (Windows) seek and readinto under a lock.
     """
@@ -236,19 +301,22 @@ class Handle:
             offset += n
             view = view[n:]
 
-    def head(self, n: int, offset: int = 0) -> bytes:
-        """Up to `n` bytes at `offset`."""
-        out = bytearray(max(0, min(n, self.size - offset)))
-        self.read_at(offset, out)
-        return bytes(out)
-
     def close(self) -> None:
         self._file.close()
 
 
-def opened(path: Path, read: Callable[[Handle], Source]) -> Source:
+def open_handle(path: Path) -> OpenFile:
+    """The file `path`, which may be on the web. Raises Refusal when it cannot be had."""
+    if urls.is_url(path):
+        from plymix.formats.remote import RemoteFile
+
+        return RemoteFile(path)
+    return Handle(path)
+
+
+def opened(path: Path, read: Callable[[OpenFile], Source]) -> Source:
     """What `read` makes of the file `path`, which stays open; it is closed again if that fails."""
-    handle = Handle(path)
+    handle = open_handle(path)
     try:
         return read(handle)
     except BaseException:

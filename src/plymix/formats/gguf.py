@@ -23,7 +23,7 @@ from plymix.errors import Failure, FormatError, Refusal
 from plymix.formats.base import (
     FLOATS,
     Entry,
-    Handle,
+    OpenFile,
     Layout,
     Piece,
     Readable,
@@ -88,6 +88,12 @@ def unpack(handle: Readable, span: Span, first: int, count: int) -> Any:
     handle.read_at(span.at + block * quant.nbytes, packed)
     skip = first - block * quant.elements
     return quant.decode(packed).reshape(-1)[skip : skip + count]
+
+
+def expect(handle: Readable, span: Span) -> None:
+    """Say that `span` will be read."""
+    nbytes = span.numel // span.quant.elements * span.quant.nbytes
+    handle.expect([(span.at, span.at + nbytes)])
 
 
 class Encoding:
@@ -165,7 +171,7 @@ class _Description(NamedTuple):
 class _Header:
     """Goes through a header once, through a window, never beyond MAX_HEADER or the file's end."""
 
-    def __init__(self, handle: Handle) -> None:
+    def __init__(self, handle: OpenFile) -> None:
         self.handle = handle
         self.limit = min(handle.size, MAX_HEADER)
         self.at = 0
@@ -240,7 +246,8 @@ class _Header:
         infos, spans = self.placed(found, start, alignment, metadata)
         handles: tuple[Readable, ...] = (self.handle,)
         if spans:
-            handles += (Virtual(self.handle.path, spans, partial(unpack, self.handle)),)
+            handle = self.handle
+            handles += (Virtual(handle.path, spans, partial(unpack, handle), partial(expect, handle)),)
         said = {k: _as_text(v) for k, v in metadata.items() if v is not None and k not in OURS}
         shown = {k: v for k, v in said.items() if not k.startswith(ORIGINAL_SHAPE)}
         return Source(self.handle.path, name, infos, shown, handles=handles)

@@ -102,8 +102,17 @@ class _Unpacking:
             source,
             tensors=self.tensors,
             notes=(*source.notes, *notes),
-            handles=(*source.handles, Virtual(source.path, self.spans, partial(unpack, source))),
+            handles=(*source.handles, self._virtual()),
             left_out={**source.left_out, **{k: tuple(v) for k, v in self.left_out.items()}},
+        )
+
+    def _virtual(self) -> Virtual[Span]:
+        source = self.source
+        return Virtual(
+            source.path,
+            self.spans,
+            partial(unpack, source),
+            lambda span: source.expect([span.codes]),
         )
 
     def _leave_out(self, why: str, key: str) -> None:

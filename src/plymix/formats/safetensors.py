@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from plymix.errors import FormatError
-from plymix.formats.base import BITS, Entry, Handle, Layout, Source, TensorInfo, opened
+from plymix.formats.base import BITS, Entry, OpenFile, Layout, Source, TensorInfo, opened
 
 name = "safetensors"
 suffixes = (".safetensors", ".sft")
@@ -32,12 +32,12 @@ def open_file(path: Path) -> Source:
     return opened(path, _open)
 
 
-def _open(handle: Handle) -> Source:
+def _open(handle: OpenFile) -> Source:
     metadata, tensors = _parse(handle)
     return Source(handle.path, name, tensors, metadata, handles=(handle,))
 
 
-def _parse(handle: Handle) -> tuple[dict[str, str], dict[str, TensorInfo]]:
+def _parse(handle: OpenFile) -> tuple[dict[str, str], dict[str, TensorInfo]]:
     file = handle.path.name
 
     def bad(what: str) -> FormatError:

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from plymix import urls
 from plymix.errors import FormatError, Refusal, listed
 from plymix.formats import WEIGHTS, safetensors
 from plymix.formats import open_file as open_shard
-from plymix.formats.base import Entry, Handle, Layout, Source, joined
+from plymix.formats.base import Entry, Layout, Source, joined, open_handle
 
 name = "sharded"
 suffixes = (".index.json",)
@@ -43,7 +44,7 @@ def open_file(path: Path) -> Source:
     shards = sorted(set(homes.values()))
     if len(shards) > MAX_SHARDS:
         raise FormatError(f"{file} names {len(shards):,} shards (limit {MAX_SHARDS:,})")
-    missing = [s for s in shards if not (path.parent / s).is_file()]
+    missing = [s for s in shards if not _may_be(path.parent / s)]
     if missing:
         raise FormatError(
             f"{file} names {len(missing)} shards that are not beside it: {listed(missing, 3)};"
@@ -80,9 +81,14 @@ def open_file(path: Path) -> Source:
     return Source(path, name, tensors, metadata, tuple(notes), handles=handles)
 
 
+def _may_be(path: Path) -> bool:
+    """Whether there is such a file; on the web that is found out by opening it."""
+    return urls.is_url(path) or path.is_file()
+
+
 def index(path: Path) -> tuple[dict[str, str], int | None]:
     """The shard of every tensor, and the size of all if the index says one."""
-    handle = Handle(path)
+    handle = open_handle(path)
     try:
         if handle.size > MAX_INDEX:
             raise FormatError(

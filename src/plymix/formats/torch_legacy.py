@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from plymix.errors import FormatError
-from plymix.formats.base import Handle, Source, opened
+from plymix.formats.base import OpenFile, Source, opened
 from plymix.formats.unpickle import (
     Storage,
     Unpickled,
@@ -55,7 +55,7 @@ def open_file(path: Path) -> Source:
     return opened(path, _open)
 
 
-def _open(handle: Handle) -> Source:
+def _open(handle: OpenFile) -> Source:
     file = handle.path.name
     if _is_tar(handle.head(262)):
         raise FormatError(
@@ -98,7 +98,7 @@ def _open(handle: Handle) -> Source:
     return Source(handle.path, name, tensors, found.metadata, found.notes, found.root, (handle,))
 
 
-def _starts(handle: Handle, at: int, keys: Any, written: Unpickled) -> dict[str, int]:
+def _starts(handle: OpenFile, at: int, keys: Any, written: Unpickled) -> dict[str, int]:
     """Where each storage's bytes begin, by key. Raises FormatError where the sizes disagree."""
     file = handle.path.name
     if type(keys) is not list:
@@ -124,7 +124,7 @@ def _starts(handle: Handle, at: int, keys: Any, written: Unpickled) -> dict[str,
 class _Bytes(io.RawIOBase):
     """A file from its first byte on, for `io.BufferedReader`."""
 
-    def __init__(self, handle: Handle) -> None:
+    def __init__(self, handle: OpenFile) -> None:
         self._handle = handle
         self._at = 0
 

@@ -24,7 +24,7 @@ from struct import error as StructError
 from typing import Any, NamedTuple
 
 from plymix.errors import FormatError, Refusal, listed
-from plymix.formats.base import BITS, Entry, Handle, Layout, Piece, Source, opened
+from plymix.formats.base import BITS, Entry, OpenFile, Layout, Piece, Source, opened
 from plymix.formats.unpickle import (
     DTYPES,
     MAX_BYTES,
@@ -95,7 +95,7 @@ def open_file(path: Path) -> Source:
     return opened(path, _open)
 
 
-def _open(handle: Handle) -> Source:
+def _open(handle: OpenFile) -> Source:
     file = handle.path.name
     members = _directory(handle)
     top = _top(members, file)
@@ -126,7 +126,7 @@ def _open(handle: Handle) -> Source:
     return Source(handle.path, name, tensors, found.metadata, found.notes, found.root, (handle,))
 
 
-def _directory(handle: Handle) -> dict[str, _Member]:
+def _directory(handle: OpenFile) -> dict[str, _Member]:
     """The members by name, checked against each other and the size of the file."""
     file = handle.path.name
     tail_at = max(0, handle.size - _END.size - U16 - _LOCATOR64.size)
@@ -228,7 +228,7 @@ def _folder(member: str) -> str:
     return member.partition("/")[0] + "/"
 
 
-def _start(handle: Handle, member: _Member) -> int:
+def _start(handle: OpenFile, member: _Member) -> int:
     """Where the member's bytes begin, by its local header. Raises FormatError when it differs."""
     file, label = handle.path.name, member.name[:80]
     if member.flags & _ENCRYPTED:
@@ -251,7 +251,7 @@ def _start(handle: Handle, member: _Member) -> int:
     return start
 
 
-def _content(handle: Handle, member: _Member) -> bytes:
+def _content(handle: OpenFile, member: _Member) -> bytes:
     """All bytes of a small member."""
     file, label = handle.path.name, member.name[:80]
     start = _start(handle, member)

@@ -7,7 +7,7 @@ it reads any tensor, and nothing can take its codes for its values.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -45,22 +45,34 @@ class Spans(Generic[S]):
             offset += n
             nbytes -= n
 
+    def within(self, begin: int, end: int) -> Iterator[S]:
+        """The spans of a range, which is not empty."""
+        at = bisect_right(self._starts, begin) - 1
+        while at < len(self._spans) and self._starts[at] < end:
+            yield self._spans[at]
+            at += 1
+
 
 class Virtual(Generic[S]):
     """Packed tensors as a virtual file of float32.
 
     `unpack(span, first, count)` gives elements [first, first + count) of a span, flat, as float32;
-    it is called from several threads.
+    it is called from several threads. `expect(span)` says that a span will be read.
     """
 
     size = 0  # on disk there is only the real file
 
     def __init__(
-        self, path: Path, spans: Sequence[S], unpack: Callable[[S, int, int], Any]
+        self,
+        path: Path,
+        spans: Sequence[S],
+        unpack: Callable[[S, int, int], Any],
+        expect: Callable[[S], None],
     ) -> None:
         self.path = path
         self._spans = Spans(spans)
         self._unpack = unpack
+        self._expect = expect
 
     def read_at(self, offset: int, out: Any) -> None:
         import numpy as np
@@ -73,6 +85,14 @@ class Virtual(Generic[S]):
             skip = begin - 4 * first
             view[:n] = np.ascontiguousarray(values).view(np.uint8)[skip : skip + n].data
             view = view[n:]
+
+    def expect(self, ranges: Iterable[tuple[int, int]]) -> None:
+        for begin, end in ranges:
+            for span in self._spans.within(begin, end):
+                self._expect(span)
+
+    def stop(self) -> None:
+        """Nothing of its own to wait for."""
 
     def close(self) -> None:
         """Nothing of its own to close."""
