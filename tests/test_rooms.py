@@ -15,20 +15,23 @@ SOURCE = Path(plymix.__file__).parent
 
 # Rooms from the ground up. A file may import from its own room and from those it names.
 GROUND = {"errors", "registry"}
-FORMATS = {"errors", "formats"}
+WEB = {"urls", "cache"}
+FORMATS = {"errors", "formats"} | WEB
 ARCHS = {"errors", "archs"}
 METHODS = {"errors", "registry", "methods"}
 BOTTOM = GROUND | FORMATS | ARCHS | METHODS | {"recipe", "weights", "kernels", "hashes", "expr"}
 ALLOWED = {
     "errors": set(),
+    "urls": {"errors"},
+    "cache": set(),
     "registry": GROUND,
     "formats": FORMATS,
     "archs": ARCHS,
     "methods": METHODS,
-    "recipe": GROUND | {"weights", "recipe"},
+    "recipe": GROUND | {"urls", "weights", "recipe"},
     "weights": {"errors", "weights"},
     "kernels": {"errors", "kernels"},
-    "hashes": {"errors", "hashes"},
+    "hashes": FORMATS | {"hashes"},
     "expr": {"errors", "registry", "formats", "expr"},
     "pairing": FORMATS | ARCHS | {"expr", "pairing"},
     "respelling": ARCHS | {"pairing", "respelling"},

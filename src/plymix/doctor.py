@@ -21,7 +21,8 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
-from plymix import engine, hashes, kernels
+from plymix import engine, kernels
+from plymix.cache import cache_folder
 from plymix.errors import Refusal
 from plymix.formats.base import Handle
 from plymix.plan import available_cpus
@@ -127,7 +128,7 @@ def _gpu() -> Iterator[Row]:
 
 
 def _cache() -> Row:
-    folder = hashes.cache_folder()
+    folder = cache_folder()
     known = "with hashes of known files" if (folder / "sha256.json").exists() else "empty"
     return Row("cache", f"{folder} ({known})")
 

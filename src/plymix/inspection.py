@@ -11,12 +11,11 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from plymix import archs, pairing
+from plymix import archs, pairing, urls
 from plymix.archs import Architecture, Detection, Place, Prediction
 from plymix.errors import Refusal
 from plymix.formats import open_model
@@ -140,7 +139,7 @@ def _report(source: Source, hashed: bool, own: Architecture | None) -> Report:
     arch = detection.arch
     return Report(
         file=source.path.name,
-        path=str(source.path),
+        path=urls.text(source.path),
         size=source.nbytes,
         format=source.format,
         root=source.root,
@@ -270,7 +269,7 @@ def _brief(text: str) -> str:
 
 def formulas(found: Recipe) -> tuple[str, ...]:
     """A recipe as one line per step, with file names: 'mix = weighted_sum(a.ckpt, alpha=0.5)'."""
-    files = {name: Path(model.file).name for name, model in found.models.items()}
+    files = {name: urls.name(model.file) for name, model in found.models.items()}
     lines = []
     for name in found.order():
         step = found.steps[name]

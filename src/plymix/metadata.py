@@ -1,6 +1,7 @@
 """What a result says about itself: its recipe, ModelSpec, and A1111's merge records.
 
-Names and hashes of the inputs only, never a path. Hashes that are not known yet stand in as
+Names and hashes of the inputs only, never a path; of files on the web, their address without what
+may be secret in it. Hashes that are not known yet stand in as
 place-holders of the same length (`pending`), which the engine replaces when they are.
 """
 
@@ -16,7 +17,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from plymix import hashes
+from plymix import hashes, urls
 from plymix.errors import Refusal
 from plymix.plan import Input, Plan
 from plymix.recipe import METADATA_KEY, PARTS, Model, Recipe, Step, from_json, to_json
@@ -49,7 +50,8 @@ def recorded(plan: Plan) -> Recipe:
     """
     models = dict(plan.recipe.models)
     for i in plan.inputs:
-        models[i.name] = Model(i.label, i.source.nbytes, pending(i))
+        file = i.file if urls.is_url(i.file) else i.label
+        models[i.name] = Model(file, i.source.nbytes, pending(i))
     used = {i.name for i in plan.inputs}
     output = replace(plan.recipe.output, file="", date=plan.recipe.output.date or today())
     steps = {name: plan.recipe.steps[name] for name in plan.recipe.order()}
@@ -180,7 +182,7 @@ def formula(recipe: Recipe, name: str | None = None) -> str:
         output = recipe.output
         given = {what: getattr(output, part) for part, what in PARTS.items()}
         parts = [
-            f"; {what} of {PurePath(recipe.models[n].file).name}"
+            f"; {what} of {urls.name(recipe.models[n].file)}"
             for what, n in given.items()
             if n in recipe.models and n != recipe.base()
         ]
@@ -189,7 +191,7 @@ def formula(recipe: Recipe, name: str | None = None) -> str:
         parts += [f"; repaired {', '.join(output.repair)}"] if output.repair else []
         return formula(recipe, recipe.final) + "".join(parts)
     if name not in recipe.steps:
-        return PurePath(recipe.models[name].file).name
+        return urls.name(recipe.models[name].file)
     return _step_formula(recipe, recipe.steps[name])
 
 

@@ -273,8 +273,8 @@ def build(
         opened.append(source)
         if model.size and source.nbytes != model.size:
             raise Refusal(
-                f"{source.path} has {source.nbytes:,} bytes; the recipe was written for a"
-                f" {model.file} of {model.size:,}"
+                f"{urls.text(source.path)} has {source.nbytes:,} bytes; the recipe was written for"
+                f" a {model.file} of {model.size:,}"
             )
         return source
 

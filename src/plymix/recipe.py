@@ -23,8 +23,7 @@ from typing import Any, Union
 
 import msgspec
 
-from plymix import weights
-from plymix import urls
+from plymix import urls, weights
 from plymix.errors import Refusal, unknown
 from plymix.registry import Method, get_method
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from plymix import api, engine, hashes, metadata
+from plymix import api, engine, hashes, metadata, urls
 from plymix import plan as planning
 from plymix import recipe as recipes
 from plymix.engine import ProgressCallback
@@ -75,12 +75,17 @@ def find(recipe: Recipe, path: Path, folders: Folders) -> dict[str, Path]:
     trouble: list[str] = []
     for name, model in recipe.models.items():
         here = _by_name(model, places) or _by_content(model, folders)
+        web = urls.path(model.file) if urls.is_url(model.file) else None
+        if here is None and web is not None and _is(model, web):
+            here = web
         if here is not None:
             found[name] = here
             continue
-        altered = next((c for c in _named(model, places)), None)
+        altered = next((c for c in _named(model, places)), None) or web
         if altered is not None:
-            trouble.append(f"{altered} is not the {model.file} this was made from (other content)")
+            trouble.append(
+                f"{urls.text(altered)} is not the {model.file} this was made from (other content)"
+            )
         else:
             trouble.append(f"{model.file} ({api.size(model.size)}) is missing")
     if trouble:
@@ -90,7 +95,7 @@ def find(recipe: Recipe, path: Path, folders: Folders) -> dict[str, Path]:
 
 def _named(model: Model, places: Sequence[Path]) -> Iterator[Path]:
     for place in places:
-        candidate = place / model.file
+        candidate = place / urls.name(model.file)
         if candidate.exists():
             yield candidate
 
@@ -108,20 +113,22 @@ def _by_content(model: Model, folders: Folders) -> Path | None:
 
 
 def _is(model: Model, path: Path) -> bool:
-    files = _files(path)
-    size = sum(file.stat().st_size for file in files)
+    files, size = _files(path)
     return bool(files) and size == model.size and hashes.model_sha256(files) == model.sha256
 
 
-def _files(path: Path) -> tuple[Path, ...]:
-    """The files of the model at `path`: itself, or those of a folder or an index of shards."""
+def _files(path: Path) -> tuple[tuple[Path, ...], int]:
+    """The files of the model at `path` and their bytes: itself, or those of a folder or an index of
+    shards."""
     if path.is_file() and path.suffix != ".json":
-        return (path,)
+        return (path,), path.stat().st_size
     try:
         with open_model(path) as source:
-            return source.files
+            return source.files, source.nbytes
     except Refusal:
-        return ()
+        if urls.is_url(path):
+            raise  # that it cannot be fetched is another matter
+        return (), 0
 
 
 def verify(

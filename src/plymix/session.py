@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from plymix import api, engine, kernels
+from plymix import api, engine, kernels, urls
 from plymix import plan as planning
 from plymix import recipe as recipes
 from plymix.engine import ProgressCallback
@@ -87,7 +87,8 @@ class Session:
         """Write the result. Tensors that the last write to `out` already made are copied."""
         path = Path(out)
         api.ready(path, force)
-        if any(path.exists() and path.samefile(known) for known in self._open):
+        local = [known for known in self._open if not urls.is_url(known)]
+        if any(path.exists() and path.samefile(known) for known in local):
             raise Refusal(f"{path} is an input of this session; choose another name")
         last = self._written
         if last is not None and path.is_file() and last[:2] == (path.resolve(), _stamp(path)):

@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path, PurePath
-from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
 
 from plymix.errors import Refusal
 
@@ -48,6 +47,8 @@ def public(file: str) -> str:
     """
     if not is_url(file):
         return file
+    from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
     said = text(file)
     try:
         parts = urlsplit(said)
@@ -70,14 +71,17 @@ def public(file: str) -> str:
 
 
 def _hub(said: str) -> str:
-    owner, _, rest = said[len("hf://") :].partition("/")
+    from urllib.parse import quote, unquote
+
+    owner, _, rest = said[len("hf://") :].partition("?")[0].partition("/")
     repo, _, file = rest.partition("/")
     repo, _, revision = repo.partition("@")
     if not revision:
         file, _, revision = file.rpartition("@") if "@" in file else (file, "", "")
     if not (owner and repo and file) or file.endswith("/") or ".." in file.split("/"):
         raise Refusal(f"{said[:120]} names no file: write hf://owner/repo/folder/file[@revision]")
-    return f"hf://{owner}/{repo}{'@' + quote(unquote(revision), safe='') * bool(revision)}/{file}"
+    at = f"@{quote(unquote(revision), safe='')}" if revision else ""
+    return f"hf://{owner}/{repo}{at}/{file}"
 
 
 def full(file: str | os.PathLike[str]) -> str:
@@ -85,6 +89,8 @@ def full(file: str | os.PathLike[str]) -> str:
     said = text(file)
     if not said.startswith("hf://"):
         return _private.get(said, said)
+    from urllib.parse import quote
+
     owner, repo, name = said[len("hf://") :].split("/", 2)
     repo, _, revision = repo.partition("@")
     return f"{hub()}/{owner}/{repo}/resolve/{revision or 'main'}/{quote(name, safe='/%')}"
@@ -99,6 +105,8 @@ def name(file: str | os.PathLike[str]) -> str:
     """The last part of a path or address, without folders and without a query."""
     if not is_url(file):
         return PurePath(file).name
+    from urllib.parse import unquote, urlsplit
+
     return unquote(PurePath(urlsplit(public(os.fspath(file))).path).name)
 
 

@@ -8,6 +8,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from plymix import urls
 from plymix.cli import screen
 from plymix.cli.options import (
     Arch,
@@ -121,11 +122,11 @@ def mbw(
     with planned(api.aimed(recipe, path)) as plan:
         for text in notes:
             screen.note(text)
-        formula = classic_formula(Path(model_1).name, Path(model_2).name, shares, weights)
+        formula = classic_formula(urls.name(model_1), urls.name(model_2), shares, weights)
         for what, file in (("VAE", vae), ("text encoder", text_encoder)):
-            formula += f"; {what} of {Path(file).name}" if file else ""
+            formula += f"; {what} of {urls.name(file)}" if file else ""
         if verbose and not json:
-            show_blocks(api.explained(plan).blocks, (Path(model_1).name, Path(model_2).name))
+            show_blocks(api.explained(plan).blocks, (urls.name(model_1), urls.name(model_2)))
         result = carry_out(plan, path, 0, device)
     if json:
         screen.put_json({**result.to_dict(), "formula": formula, "share_of_model_1": shares})
@@ -232,7 +233,9 @@ def rest(share: float) -> float:
 
 def default_name(model_1: str, model_2: str) -> str:
     """'model1-model2-mbw.safetensors', in the current folder."""
-    stems = (re.sub(r"[^\w.+()-]+", "_", Path(model).stem) for model in (model_1, model_2))
+    stems = (
+        re.sub(r"[^\w.+()-]+", "_", Path(urls.name(model)).stem) for model in (model_1, model_2)
+    )
     short = (stem.encode()[:100].decode(errors="ignore") for stem in stems)
     return f"{'-'.join(short)}-mbw.safetensors"
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from plymix import urls
 from plymix.engine.files import (
     AtomicFile,
     Buffers,
@@ -27,7 +28,7 @@ from plymix.engine.files import (
 )
 from plymix.engine.work import SPAN, ChunkItem, CopyItem, Item, SumItem, WholeItem, items
 from plymix.errors import Cancelled
-from plymix.expr import Tensor, calls
+from plymix.expr import Tensor, calls, leaves
 from plymix.formats.base import Layout, Piece, Source
 from plymix.plan import available_cpus
 
@@ -93,6 +94,12 @@ class Job:
         if self.stop:
             raise Cancelled("stopped; nothing was written")
 
+    def halt(self) -> None:
+        """Have all workers stop, also those that wait for the web."""
+        self.stop = True
+        for source in self.sources:
+            source.stop()
+
 
 def perform(
     job: Job,
@@ -105,6 +112,10 @@ def perform(
     work = items(tensors)
     total = sum(item.nbytes for item in work)
     began = time.monotonic()
+    for at, source in enumerate(job.sources):
+        if source.remote:
+            read = (leaf for tensor in tensors for leaf in leaves(tensor.expr))
+            source.expect(leaf.info for leaf in read if leaf.source == at)
     if any(True for tensor in tensors for _ in calls(tensor.expr)):
         from plymix.engine.worker import prepare
 
@@ -131,7 +142,7 @@ def perform(
         except BaseException as e:
             with job.lock:
                 job.error = job.error or e
-                job.stop = True
+            job.halt()
 
     count = threads or available_cpus()
     if not threads and job.target.waits and all(isinstance(w, (CopyItem, SumItem)) for w in work):
@@ -146,14 +157,14 @@ def perform(
             working = [thread for thread in pool if thread.is_alive()]
             now = Progress("merging", job.done, total, time.monotonic() - began)
             if progress is not None and not job.stop and progress(now) is False:
-                job.stop = True
+                job.halt()
             for thread in working[:1]:
                 thread.join(0.1)
     except BaseException as e:  # Ctrl-C, or the callback's own error
         job.error = job.error or e
     finally:
         if job.error is not None:
-            job.stop = True
+            job.halt()
         for thread in pool:
             thread.join()
     if job.error is not None:
@@ -234,7 +245,7 @@ def write(
                 perform(job, tensors, threads=threads, progress=progress)
             found = values.wait(progress, began)
         except BaseException:
-            job.stop = True
+            job.halt()
             values.join()
             raise
         for at, piece in patched(layout.pieces, found):
@@ -279,7 +290,8 @@ def patched(pieces: Sequence[Piece], values: Mapping[str, str]) -> Iterator[Piec
 
 
 def _same_file(source: Source, path: Path) -> bool:
-    return path.exists() and any(os.path.samefile(h.path, path) for h in source.handles)
+    local = (h.path for h in source.handles if not urls.is_url(h.path))
+    return path.exists() and any(os.path.samefile(file, path) for file in local)
 
 
 class _Late:

@@ -23,8 +23,8 @@ from plymix.errors import Failure, FormatError, Refusal
 from plymix.formats.base import (
     FLOATS,
     Entry,
-    OpenFile,
     Layout,
+    OpenFile,
     Piece,
     Readable,
     Source,
@@ -246,8 +246,8 @@ class _Header:
         infos, spans = self.placed(found, start, alignment, metadata)
         handles: tuple[Readable, ...] = (self.handle,)
         if spans:
-            handle = self.handle
-            handles += (Virtual(handle.path, spans, partial(unpack, handle), partial(expect, handle)),)
+            ways = partial(unpack, self.handle), partial(expect, self.handle)
+            handles += (Virtual(self.handle.path, spans, *ways),)
         said = {k: _as_text(v) for k, v in metadata.items() if v is not None and k not in OURS}
         shown = {k: v for k, v in said.items() if not k.startswith(ORIGINAL_SHAPE)}
         return Source(self.handle.path, name, infos, shown, handles=handles)

@@ -150,13 +150,14 @@ class _Cached:
                 f"{self.path.name} ends at byte {self.identity.size}, {end - self.identity.size}"
                 " bytes too soon: it is truncated; check the address"
             )
-        last = -(-end // BLOCK)
+        last, began = -(-end // BLOCK), self.web.stops
         for block in range(offset // BLOCK, last):
             while self._state[block] != _READY:
-                self._make_ready(block, last)
+                self.web.goes_on(began)
+                self._make_ready(block, last, began)
         self._from_disk(offset, view)
 
-    def _make_ready(self, block: int, last: int) -> None:
+    def _make_ready(self, block: int, last: int, began: int) -> None:
         """Have `block` on disk, whole, by fetching it and those after it that will be needed."""
         with self._changed:
             state = self._state[block]
@@ -174,7 +175,7 @@ class _Cached:
             if state == _STORED:
                 self._verify(block)
             elif state == _MISSING:
-                self._fetch(block, stop)
+                self._fetch(block, stop, began)
         finally:
             with self._changed:
                 for at in range(block, stop):
@@ -209,7 +210,7 @@ class _Cached:
         if self._blocks[block] == zlib.crc32(view) | _THERE:
             self._state[block] = _READY
 
-    def _fetch(self, block: int, stop: int) -> None:
+    def _fetch(self, block: int, stop: int, began: int) -> None:
         pieces = bytearray()
         at = block
 
@@ -224,7 +225,8 @@ class _Cached:
                     pieces.clear()
                     at += 1
 
-        self.web.stream(block * BLOCK, min(stop * BLOCK, self.identity.size), put)
+        end = min(stop * BLOCK, self.identity.size)
+        self.web.stream(block * BLOCK, end, put, began)
 
     def _length(self, block: int) -> int:
         return min(BLOCK, self.identity.size - block * BLOCK)

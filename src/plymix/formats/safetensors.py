@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from plymix.errors import FormatError
-from plymix.formats.base import BITS, Entry, OpenFile, Layout, Source, TensorInfo, opened
+from plymix.formats.base import BITS, Entry, Layout, OpenFile, Source, TensorInfo, opened
 
 name = "safetensors"
 suffixes = (".safetensors", ".sft")

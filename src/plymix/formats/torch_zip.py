@@ -24,7 +24,7 @@ from struct import error as StructError
 from typing import Any, NamedTuple
 
 from plymix.errors import FormatError, Refusal, listed
-from plymix.formats.base import BITS, Entry, OpenFile, Layout, Piece, Source, opened
+from plymix.formats.base import BITS, Entry, Layout, OpenFile, Piece, Source, opened
 from plymix.formats.unpickle import (
     DTYPES,
     MAX_BYTES,

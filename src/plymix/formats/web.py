@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
-from typing import NamedTuple
+from typing import NamedTuple, cast
 from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -34,6 +34,9 @@ WHOLE = 16 << 20
 
 TIMEOUT = 30.0
 """Seconds without a single byte after which a connection counts as broken."""
+
+CONNECT = 10.0
+"""Seconds to reach a server."""
 
 TRIES = 6
 """Requests in a row that may fail before giving up."""
@@ -84,7 +87,7 @@ class WebFile:
         self._idle: list[tuple[tuple[str, str], HTTPConnection]] = []
         self._busy: dict[HTTPConnection, socket.socket | None] = {}
         self._lock = threading.Lock()
-        self._stops = 0
+        self.stops = 0
         self._wake = threading.Event()
         self.identity: Identity | None = None
         self.ranges = True
@@ -97,17 +100,17 @@ class WebFile:
 
     # ---- asking
 
-    def stream(self, start: int, stop: int, put: Put) -> None:
+    def stream(self, start: int, stop: int, put: Put, began: int = 0) -> None:
         """Fetch bytes [start, stop), handing each piece to `put`; goes on where a connection broke.
 
-        The first call may ask for more than the file has. Raises Refusal when the file cannot be
+        The first call may ask for more than the file has. `began` is what `stops` was when the read
+        began that this is a part of. Raises Refusal when the file cannot be
         had at all, Failure when it changed or the server failed too often, Cancelled by `stop`.
         """
-        began = self._stops
         at, tries, mark = start, 0, start
         while at < stop:
             try:
-                with self._answer(at, stop) as (response, first, last):
+                with self._answer(at, stop, began) as (response, first, last):
                     stop = min(stop, last)
                     buffer = memoryview(bytearray(PIECE))
                     at = self._skip(response, first, at, buffer)
@@ -119,10 +122,14 @@ class WebFile:
                         at += n
             except (OSError, HTTPException, Broken) as e:
                 tries, mark = (1 if at - mark >= PIECE else tries + 1), at
-                if self._stops == began:
+                if self.stops == began:
                     self._pause(tries, e)
-            if self._stops != began:
-                raise Cancelled("stopped; nothing was written")
+            self.goes_on(began)
+
+    def goes_on(self, began: int) -> None:
+        """Raise Cancelled where `stop` was called since there had been `began` stops."""
+        if self.stops != began:
+            raise Cancelled("stopped; nothing was written")
 
     def _skip(self, response: HTTPResponse, first: int, at: int, buffer: memoryview) -> int:
         """Read on to byte `at` of an answer that begins at `first`."""
@@ -148,7 +155,7 @@ class WebFile:
         return (Failure if self.identity else Refusal)(f"{self.shown} {what}")
 
     @contextmanager
-    def _answer(self, start: int, stop: int) -> Iterator[tuple[HTTPResponse, int, int]]:
+    def _answer(self, start: int, stop: int, began: int) -> Iterator[tuple[HTTPResponse, int, int]]:
         """(the answer, the byte its body begins with, the byte the file or the range ends before).
 
         Raises Broken or what a connection raises for what may pass, PlymixError for what will not.
@@ -156,7 +163,7 @@ class WebFile:
         url, linked = self._where, None
         for _ in range(REDIRECTS + 1):
             parts = urlsplit(url)
-            connection, response = self._ask(parts, start, stop)
+            connection, response = self._ask(parts, start, stop, began)
             reusable = False
             try:
                 if url == self._url:
@@ -175,7 +182,7 @@ class WebFile:
         raise self._error(f"leads to more than {REDIRECTS} redirections; check the address")
 
     def _ask(
-        self, parts: SplitResult, start: int, stop: int
+        self, parts: SplitResult, start: int, stop: int, began: int
     ) -> tuple[HTTPConnection, HTTPResponse]:
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         if parts.scheme == "http" and _proxy(parts):
@@ -185,14 +192,22 @@ class WebFile:
         while True:
             connection, fresh = self._connection(parts)
             try:
-                connection.request("GET", target, headers=headers)
+                if connection.sock is None:
+                    connection.connect()
+                    cast("socket.socket", connection.sock).settimeout(TIMEOUT)
                 with self._lock:
                     self._busy[connection] = connection.sock
+                    self.goes_on(began)
+                connection.request("GET", target, headers=headers)
                 return connection, connection.getresponse()
             except (OSError, HTTPException):
                 self._done(parts, connection, False)
+                self.goes_on(began)
                 if fresh:  # one that was kept open may have been closed meanwhile
                     raise
+            except BaseException:
+                self._done(parts, connection, False)
+                raise
 
     def _headers(self, parts: SplitResult, start: int, stop: int) -> dict[str, str]:
         from plymix import __version__
@@ -264,9 +279,7 @@ class WebFile:
             return "check owner, repository, file and revision" if hub else "check the address"
         return "download it and name the file"
 
-    def _part(
-        self, response: HTTPResponse, linked: str, start: int, stop: int
-    ) -> tuple[int, int]:
+    def _part(self, response: HTTPResponse, linked: str, start: int, stop: int) -> tuple[int, int]:
         said = _RANGE.fullmatch(response.getheader("Content-Range", ""))
         if not said or said[1] is None or response.getheader("Content-Encoding"):
             raise self._error("comes as no plain byte range; download it and name the file")
@@ -313,7 +326,6 @@ class WebFile:
         with self._lock:
             found = next((at for at, (known, _) in enumerate(self._idle) if known == key), None)
             connection = _connect(parts) if found is None else self._idle.pop(found)[1]
-            self._busy[connection] = connection.sock
         return connection, found is None
 
     def _done(self, parts: SplitResult, connection: HTTPConnection, reusable: bool) -> None:
@@ -327,7 +339,7 @@ class WebFile:
     def stop(self) -> None:
         """Have every `stream` that runs now end with Cancelled, at once."""
         with self._lock:
-            self._stops += 1
+            self.stops += 1
             busy = [sock for sock in self._busy.values() if sock is not None]
         self._wake.set()
         for sock in busy:
@@ -371,12 +383,12 @@ def _connect(parts: SplitResult) -> HTTPConnection:
     proxy = urlsplit(_proxy(parts))
     if not proxy.hostname:
         if secure:
-            return HTTPSConnection(host, port, timeout=TIMEOUT, context=_trust())
-        return HTTPConnection(host, port, timeout=TIMEOUT)
+            return HTTPSConnection(host, port, timeout=CONNECT, context=_trust())
+        return HTTPConnection(host, port, timeout=CONNECT)
     at = proxy.port or (443 if proxy.scheme == "https" else 80)
     if not secure:
-        return HTTPConnection(proxy.hostname, at, timeout=TIMEOUT)
-    connection = HTTPSConnection(proxy.hostname, at, timeout=TIMEOUT, context=_trust())
+        return HTTPConnection(proxy.hostname, at, timeout=CONNECT)
+    connection = HTTPSConnection(proxy.hostname, at, timeout=CONNECT, context=_trust())
     headers = {}
     if proxy.username is not None:
         said = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
@@ -388,4 +400,3 @@ def _connect(parts: SplitResult) -> HTTPConnection:
 @cache
 def _trust() -> ssl.SSLContext:
     return ssl.create_default_context()
-
