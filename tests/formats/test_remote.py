@@ -277,7 +277,8 @@ def test_a_second_time_it_comes_from_the_cache(large, site):
     before = fetched(site)
     assert read(large) == site.path.read_bytes()
     assert fetched(site) - before <= remote.BLOCK  # to know that it is the same file
-    assert plymix.open(large).path == Path(urls.path(large))
+    with plymix.open(large) as source:
+        assert source.path == urls.path(large)
 
 
 def test_another_process_goes_on_where_one_ended(large, site):
