@@ -27,6 +27,11 @@ ARCH = {  # golden map and header -> architecture
     "wan2.1-i2v-14b": "wan",
     "cosmos-predict2-2b": "cosmos2",
     "krea2": "krea2",
+    "ssd-1b": "ssd-1b",
+    "vega": "vega",
+    "ltx-video-2b": "ltx-video",
+    "hunyuan-video": "hunyuan-video",
+    "wan2.1-vace-14b": "wan",
 }
 
 

@@ -34,6 +34,9 @@ ARCH = {  # golden header -> architecture and variant, where not simply its name
     "wan2.1-t2v-14b": ("wan", "base"),
     "wan2.1-i2v-14b": ("wan", "i2v"),
     "wan2.2-ti2v-5b": ("wan", "ti2v"),
+    "wan2.1-vace-14b": ("wan", "vace"),
+    "ltx-video-2b": ("ltx-video", "base"),
+    "ltx-video-13b": ("ltx-video", "base"),
 }
 COMPONENT = {  # golden component -> ours, per model where the text encoder is not the first
     "clip_l": "text_encoder",
@@ -396,7 +399,7 @@ OTHERS = [
     ({"joint_blocks.0.context_block.attn.qkv.weight": (1, 1)}, "denoiser",
      "SD3 transformer", "sd3"),
     ({UNET + "txt_in.individual_token_refiner.blocks.0.norm1.weight": (1,)}, "denoiser",
-     "HunyuanVideo denoiser", None),
+     "HunyuanVideo (ComfyUI's names) denoiser", None),
     ({}, "unknown", "unknown (no tensors)", None),
 ]  # fmt: skip
 

@@ -457,10 +457,11 @@ def test_recognised(model, component, full_width):
     there = written(arch, "diffusers", component, ours)
     theirs = {key: shape_of(views, ours) for key, views in there.views.items()}
     names = {(part.arch.name, part.component) for part in recognise(theirs)}
+    xl = ("sdxl", "ssd-1b", "vega")
     sharing = {
-        "vae": {("sd1", "vae"), ("sd2", "vae"), ("sdxl", "vae"), ("sdxl-refiner", "vae")},
-        "text_encoder": {(a, "text_encoder") for a in ("sd1", "sdxl", "sd3", "flux1")},
-        "text_encoder_2": {(a, "text_encoder_2") for a in ("sdxl", "sdxl-refiner", "sd3")},
+        "vae": {(a, "vae") for a in ("sd1", "sd2", "sdxl-refiner", *xl)},
+        "text_encoder": {(a, "text_encoder") for a in ("sd1", "sd3", "flux1", *xl)},
+        "text_encoder_2": {(a, "text_encoder_2") for a in ("sdxl-refiner", "sd3", *xl)},
     }
     alone = {(arch.name, component)}
     assert names == (alone if model == "sd2" and component == "text_encoder"
