@@ -28,6 +28,7 @@ from cyclopts import Parameter  # noqa: E402
 import plymix  # noqa: E402
 from plymix import api, archs, cli, recipe, registry, weights  # noqa: E402
 from plymix.archs.views import CLASSIC, view  # noqa: E402
+from plymix.cli import architectures as architectures_of  # noqa: E402
 from plymix.cli import looking, merging, screen, showing  # noqa: E402
 
 GENERATED = (
@@ -419,15 +420,21 @@ def architectures() -> Iterator[str]:
         "A file of an architecture that is not here is refused by name; `--arch any` merges it"
         " key by key, `--arch FILE.toml` by the blocks that [you describe]"
         "(../guide/own-architecture.md).",
+        "Blocks are those of the deepest model of an architecture; for one with fewer layers a list"
+        " has as many numbers as that model has blocks.",
     )
     yield from table(
-        ("name", "architecture", "blocks", "a list has"),
+        ("name", "architecture", "blocks", "parameters", "diffusers' names of"),
         [
             (
                 f"[`{a.name}`]({anchor(a.title)})",
                 a.title,
                 str(len(a.blocks)),
-                f"{looking._list_lengths(a)} numbers",
+                ", ".join(
+                    f"{title} {screen.count(architectures_of.parameters(n, a.blocks))}"
+                    for title, n in a.sizes().items()
+                ),
+                ", ".join(architectures_of.diffusers(a)) or "none",
             )
             for a in every
         ],
@@ -438,14 +445,14 @@ def architectures() -> Iterator[str]:
         kinds = list(dict.fromkeys(v.title or v.name for v in arch.variants))
         if kinds:
             yield from (f"Also as {', '.join(kinds)} model.", "")
-        lists = looking.lists(arch)
+        lists = architectures_of.lists(arch)
         if finer := [*arch.parts, *(n for n in arch.outside if n != "BASE")]:
             yield from (f"Finer names: {code(*finer)}.", "")
         yield from table(
             ("numbers", "for"), [(str(n), weights.spans(b)) for n, b in sorted(lists.items())]
         )
         rows = [
-            (c.title, code(*(c.prefixes or (looking._denoiser_prefix(),))), keys(c))
+            (c.title, code(*(c.prefixes or (architectures_of.denoiser_prefix(),))), keys(c))
             for c in arch.components
         ]
         yield from table(("component", "keys begin with", "blocks"), rows)

@@ -136,6 +136,13 @@ class Architecture(Family, frozen=True, kw_only=True, forbid_unknown_fields=True
         targets = [t for c in self.components[1:] for t in (c.block, *c.blocks.values())]
         return tuple(dict.fromkeys(name for target in targets for name in target.split()))
 
+    def sizes(self) -> dict[str, dict[str, int]]:
+        """Parameters of each block, text encoders and VAE too, in published models; deepest first.
+
+        Nothing for an architecture that a user describes.
+        """
+        return _sizes().get(self.name, {})
+
     def modelspec_id(self, variant: str = "base") -> str:
         """The SAI ModelSpec architecture id of a variant."""
         own = (v.modelspec for v in self.variants if v.name == variant and v.modelspec)
@@ -410,6 +417,19 @@ def _expanded(names: list[str]) -> list[str]:
 @cache
 def shared_facts() -> Shared:
     return decode(_HERE / "shared.toml", Shared)
+
+
+@cache
+def _sizes() -> dict[str, dict[str, dict[str, int]]]:
+    """`sizes.toml`: architecture -> model -> block -> parameters."""
+    raw = msgspec.toml.decode((_HERE / "sizes.toml").read_bytes())
+    return {
+        arch: {
+            model: {block: n for name, n in rows.items() for block in _expanded([name])}
+            for model, rows in models.items()
+        }
+        for arch, models in raw.items()
+    }
 
 
 @cache

@@ -47,7 +47,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "check": ("looking:check", "Look for damage: NaN, infinities, zeros, bad position ids."),
     "presets": ("looking:presets", "List the block weight presets, or draw one."),
     "methods": ("looking:methods", "List the merge methods, or explain one."),
-    "archs": ("looking:archs", "List the architectures, or one's blocks and components."),
+    "archs": ("architectures:archs", "List the architectures, or one's blocks and components."),
     "doctor": ("looking:doctor", "Test this installation, processor and disk."),
 }
 """Command -> (module of this package and function, first line of its help)."""

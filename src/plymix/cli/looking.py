@@ -1,4 +1,4 @@
-"""`inspect`, `check`, `presets`, `methods`, `archs` and `doctor`: commands that only show."""
+"""`inspect`, `check`, `presets`, `methods` and `doctor`: commands that only show."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from plymix.cli.options import Json, argument, option
 from plymix.errors import unknown
 
 if TYPE_CHECKING:
-    from plymix.archs import Architecture
     from plymix.inspection import Amount, Report
     from plymix.registry import Method, Param
     from plymix.weights import Preset
@@ -22,7 +21,6 @@ EXAMPLES = {
     "check": "Example:\n  PROG model.safetensors --dtype fp16",
     "presets": "Example:\n  PROG GRAD_V",
     "methods": "Example:\n  PROG add_difference",
-    "archs": "Example:\n  PROG sdxl",
     "doctor": "Example:\n  PROG ~/models",
 }
 
@@ -112,14 +110,7 @@ def _amount_row(name: str, amount: Amount) -> tuple[str, ...]:
     from plymix.api import size
 
     dtypes = ", ".join(f"{n} {dtype}" for dtype, n in amount.dtypes.items())
-    return name, str(amount.tensors), _millions(amount.parameters), size(amount.nbytes), dtypes
-
-
-def _millions(n: int) -> str:
-    for unit, one in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if n >= one:
-            return f"{n / one:.4g} {unit}"
-    return str(n)
+    return name, str(amount.tensors), screen.count(amount.parameters), size(amount.nbytes), dtypes
 
 
 def _hash_rows(found: Report) -> list[tuple[str, str]]:
@@ -338,84 +329,6 @@ def _method_document(method: Method) -> dict[str, Any]:
             }
             for p in method.params
         ],
-    }
-
-
-# --- archs --------------------------------------------------------------------------------------
-
-
-def archs(
-    name: Annotated[str | None, argument("An architecture, or a file (.toml) of one.")] = None,
-    /,
-    *,
-    json: Json = False,
-) -> None:
-    """List the architectures, or one's blocks and components."""
-    from plymix import archs as known
-
-    if name is not None and name.lower().endswith(".toml"):
-        found = known.described(name)
-        chosen = [found] if found else []
-    else:
-        chosen = [known.load(n) for n in (known.names() if name is None else (name,))]
-    if json:
-        documents = [_arch_document(a) for a in chosen]
-        screen.put_json(documents if name is None else documents[0])
-    elif name is not None:
-        _explain_arch(chosen[0])
-    else:
-        screen.table(
-            ("name", "title", ">blocks", "lists of"),
-            [(a.name, a.title, str(len(a.blocks)), _list_lengths(a)) for a in chosen],
-        )
-
-
-def lists(arch: Architecture) -> dict[int, tuple[str, ...]]:
-    """What each accepted length of a list of weights is for."""
-    n = len(arch.blocks)
-    return {n: arch.blocks, n + 1: ("BASE", *arch.blocks), **arch.lists}
-
-
-def _list_lengths(arch: Architecture) -> str:
-    return ", ".join(map(str, sorted(lists(arch))))
-
-
-def _explain_arch(arch: Architecture) -> None:
-    from plymix.weights import spans
-
-    screen.put(f"{arch.name}: {arch.title}")
-    if arch.variants:
-        kinds = dict.fromkeys(v.title or v.name for v in arch.variants)
-        screen.put(f"variants: {', '.join(kinds)}")
-    screen.put(f"{len(arch.blocks)} blocks: {spans(arch.blocks)}")
-    for length, names in sorted(lists(arch).items()):
-        screen.put(f"a list of {length}: {spans(names)}")
-    screen.put("")
-    screen.table(
-        ("component", "title", "keys begin with"),
-        [(c.name, c.title, ", ".join(c.prefixes) or _denoiser_prefix()) for c in arch.components],
-    )
-
-
-def _denoiser_prefix() -> str:
-    from plymix.archs.model import shared_facts
-
-    return shared_facts().prefixes[0]
-
-
-def _arch_document(arch: Architecture) -> dict[str, Any]:
-    return {
-        "name": arch.name,
-        "title": arch.title,
-        "short": arch.short,
-        "blocks": list(arch.blocks),
-        "lists": {str(n): list(names) for n, names in sorted(lists(arch).items())},
-        "variants": list(dict.fromkeys(v.name for v in arch.variants)),
-        "components": [
-            {"name": c.name, "title": c.title, "prefixes": list(c.prefixes)}
-            for c in arch.components
-        ],
-        "modelspec": arch.modelspec,
     }
 
 

@@ -103,6 +103,14 @@ def percent(share: float) -> str:
     return f"{round(100 * share, 2) + 0.0:g} %"
 
 
+def count(n: int) -> str:
+    """A number of parameters: 859520964 -> '859.5 M'."""
+    for unit, one in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if n >= one:
+            return f"{n / one:.4g} {unit}"
+    return str(n)
+
+
 def shortened(name: str, cells: int) -> str:
     """A name in so many columns, its middle left out where it is longer."""
     from rich.cells import cell_len, set_cell_size
