@@ -39,6 +39,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "recipe show": ("recipes:show", "Print the recipe that a result carries."),
     "recipe import": ("recipes:import_", "Turn another tool's record of a merge into a recipe."),
     "compare": ("pictures:compare", "Draw merges side by side, without writing a checkpoint."),
+    "blocks": ("pictures:blocks", "Find out which block does what, by pictures."),
     "diff": ("comparing:diff", "Tell how far two models are from each other."),
     "extract": ("upkeep:extract", "Write one component of a model into a file of its own."),
     "prune": ("upkeep:prune", "Write a model without what only training needs."),

@@ -1,4 +1,4 @@
-"""`compare`: sheets of pictures, drawn with merges that are never written."""
+"""`compare` and `blocks`: sheets of pictures, drawn with merges that are never written."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from plymix.errors import Refusal
 
 if TYPE_CHECKING:
     from plymix.images import Backend, Settings
+    from plymix.images.blocks import Moved
     from plymix.images.compare import Kitchen, Place
     from plymix.images.grid import Grid
     from plymix.images.rows import Models
@@ -26,6 +27,8 @@ EXAMPLES = {
     ' --prompt "a cat" --seeds 1-4 --sampler euler_a --steps 80 --cfg 7 -o sheet.png\n'
     '  PROG a.safetensors b.safetensors --each 0.5 --prompt "a cat" --x "IN05=0,0.5,1" -o x.png\n'
     "  PROG --redo sheet.json --cell 3,2 -o again.png",
+    "blocks": 'Example:\n  PROG a.safetensors b.safetensors --prompt "a cat" --prompt "a castle"'
+    " --seeds 1-4 -o map.png",
 }
 
 
@@ -330,3 +333,95 @@ def _again(
     screen.put(f"{out}: " + ("the same pixels" if same else "not the same pixels"))
     if not same and record["backend"] != backend.label:
         screen.note(f"it was drawn with {record['backend']}, and now with {backend.label}")
+
+
+# --- blocks -------------------------------------------------------------------------------------
+
+
+def blocks(
+    a: Annotated[str, argument("The model whose pictures are moved.")],
+    b: Annotated[str, argument("The model whose blocks are put in, one at a time.")],
+    /,
+    *,
+    output: Annotated[str, option("The map.", "--output", "-o", metavar="FILE.png")] = "blocks.png",
+    prompt: Prompts = (),
+    seeds: Seeds = "1-4",
+    picture: Picture = Picture(),
+    drawing: Drawing = Drawing(),
+    models: Folders = (),
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Find out what each block does: exchange it alone for the other model's, and look.
+
+    Of A, each block in turn is B's; how far the picture moves is measured, for each prompt and
+    seed, and drawn as bars and as a map. "structure" is 1 - MS-SSIM of the brightness (shapes and
+    edges; 0: no change), "pixel" the root mean square of all differences (colours too). No trained
+    network judges.
+
+    Beside the map come FILE-pictures.png with all pictures, a .json and an .html page. Stopped, the
+    same command goes on where it was.
+    """
+    from plymix.images import blocks as mapping
+    from plymix.images import compare as comparing
+    from plymix.images import grid as grids
+    from plymix.images import pixels
+    from plymix.images.rows import Models
+
+    out = pixels.writable(output, force)
+    place = comparing.place(out.with_name(f"{out.stem}-pictures.png"), force)
+    start = Models(a, b)
+    with _kitchen(models) as (kitchen, progress), drawing.opened() as (via, backend):
+        rows = mapping.swaps(start, kitchen)
+        _, *others = grids.given(start, ("A",), seeds, prompt)
+        several = [axis for axis in others if len(axis.values) > 1]
+        columns, pages = (*several, grids.NONE, grids.NONE)[:2]
+        fixed = [axis.values[0] for axis in others if axis not in several]
+        settings = grids.applied(picture.settings(), fixed)
+        grid = grids.build(start, fixed, settings, columns, rows, pages)
+        with progress as line:
+            drawn = comparing.draw(grid, kitchen, backend, via, place, progress=line)
+        title = grids.title(grid, fixed, settings)
+        files = comparing.finish(drawn, place, kitchen.where(), title=title)
+    moved = mapping.measured(drawn)
+    names = [
+        " ".join(filter(None, (page.label, column.label)))
+        for page in pages.values
+        for column in columns.values
+    ]
+    heading = f"How far each block of {Path(b).name} moves the pictures of {Path(a).name}\n{title}"
+    pixels.save(mapping.heat(moved, names, heading), out, {})
+    told = {
+        "a": Path(a).name,
+        "b": Path(b).name,
+        "measures": mapping.ABOUT,
+        "pictures": names,
+        "settings": [c.settings for c in grid.cells if c.row == 0],
+        "blocks": moved[:-1],
+        "whole": moved[-1],
+    }
+    document = comparing.as_json(told)
+    pixels.write(out.with_suffix(".json"), document.encode())
+    if json:
+        screen.put(document)
+        return
+    _bars(moved)
+    for file in (out, out.with_suffix(".json"), *files):
+        screen.put(f"{file}")
+
+
+def _bars(moved: Sequence[Moved]) -> None:
+    """The map in the terminal: a bar per block, to the scale of the block that moves most."""
+    most = max((m.structure for m in moved[:-1]), default=0.0)
+    made = screen.grid()
+    made.add_column("block")
+    cells = max(8, screen.width() - 36)
+    made.add_column("structure", width=cells, no_wrap=True)
+    made.add_column("", justify="right")
+    made.add_column("pixel", justify="right")
+    for m in moved:
+        whole = m is moved[-1]
+        bar = "" if whole else screen.bar(m.structure / most if most else 0.0, cells, rest=" ")
+        label = screen.shortened(m.block, 24) if whole else m.block
+        made.add_row(label, "(all of it)" if whole else bar, f"{m.structure:.3f}", f"{m.pixel:.3f}")
+    screen.draw(made)

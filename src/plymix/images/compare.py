@@ -367,7 +367,7 @@ def finish(
             pixels.save(image, place.page(p, "difference"), {})
             written.append(place.page(p, "difference"))
     side = sidecar(drawn, place, where)
-    pixels.write(place.json, json.dumps(side, indent=1, ensure_ascii=False).encode())
+    pixels.write(place.json, as_json(side).encode())
     pixels.write(place.html, page.html(side, title or place.out.stem).encode())
     return [*written, place.json, place.html]
 
@@ -473,6 +473,11 @@ def again(
     new = {**record, "plymix": _version(), "backend": backend.label}
     _save(out, picture, new, metadata.formula(recipe))
     return bool(digest_of(picture) == record["pixels"])
+
+
+def as_json(value: Any) -> str:
+    """JSON for people and programs."""
+    return json.dumps(msgspec.to_builtins(value), indent=1)
 
 
 def _version() -> str:

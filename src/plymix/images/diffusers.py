@@ -10,6 +10,7 @@ tokens are read in windows, side by side.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -55,6 +56,8 @@ class Diffusers:
         self.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         gpu.require(self.device)
         on_cpu = self.device == "cpu"
+        if on_cpu:  # `plymix` keeps other libraries to one thread; here they do the work
+            torch.set_num_threads(threads())
         precision = options.precision or ("fp32" if on_cpu else "fp16")
         if precision not in PRECISIONS:
             raise Refusal(f"unknown precision {precision!r}; use {', '.join(PRECISIONS)}")
@@ -248,7 +251,7 @@ class Diffusers:
         import torch
 
         vae = self._modules["vae"]
-        x = vae.decode(latent[None].float() / LATENT_SCALE[self.arch], return_dict=False)[0][0]
+        x = vae.decode(latent[None].float() / vae.config.scaling_factor, return_dict=False)[0][0]
         if not bool(torch.isfinite(x).all()):
             raise Failure(
                 "the picture has no finite numbers: the model is damaged (plymix check), or leaves"
@@ -314,8 +317,10 @@ def _vae(arch: str, shapes: Shapes, known: Mapping[str, Any]) -> tuple[Any, dict
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
         "norm_num_groups": _groups(widths),
+        "scaling_factor": LATENT_SCALE[arch],
     }
-    return AutoencoderKL.from_config, config | _said(known, ("norm_num_groups",))
+    chosen = _said(known, ("norm_num_groups", "scaling_factor"))
+    return AutoencoderKL.from_config, config | chosen
 
 
 def _text(arch: str, shapes: Shapes, known: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -387,6 +392,11 @@ def _complete(name: str, tensors: Sequence[Tensor], params: Mapping[str, Any]) -
 
 def _ones(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(n for n in shape if n != 1)
+
+
+def threads() -> int:
+    """Threads that torch may use on the CPU: as many as there are processors for this process."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _zero_snr(plan: Plan) -> bool:

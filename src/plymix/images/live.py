@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from plymix import engine, pairing
@@ -85,21 +85,26 @@ def hints(plan: Plan) -> dict[str, dict[str, Any]]:
     return found
 
 
-@dataclass
 class Sources:
     """The open files of any number of plans, each with one number for all of them."""
 
-    all: list[Source]
+    def __init__(self) -> None:
+        self.all: list[Source] = []
+        self._stamps: list[Any] = []
 
-    def of(self, plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def numbered(self, plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """A plan's tensors with these numbers."""
-        numbers = {i.index: self._number(i.source) for i in plan.inputs}
-        return numbered(tensors, numbers)
+        return numbered(tensors, {i.index: self._number(i.source) for i in plan.inputs})
 
     def _number(self, source: Source) -> int:
-        for i, known in enumerate(self.all):
-            if known is source:
-                return i
+        """A file that was opened again has the number it had, unless it changed meanwhile."""
+        stats = ((file, file.stat()) for file in source.files)
+        stamp = tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats)
+        if stamp in self._stamps:
+            at = self._stamps.index(stamp)
+            self.all[at] = source
+            return at
+        self._stamps.append(stamp)
         self.all.append(source)
         return len(self.all) - 1
 
@@ -117,13 +122,13 @@ class Live:
         self._put = put
         self._device = device
         self._threads = threads
-        self._sources = Sources([])
+        self._sources = Sources()
         self._made: tuple[Tensor, ...] = ()
         self.moved = 0  # bytes put by the last `become`
 
     def become(self, plan: Plan, tensors: Sequence[Tensor]) -> None:
         """Compute what differs from the last call. Raises Failure; then everything is made anew."""
-        tensors = self._sources.of(plan, tensors)
+        tensors = self._sources.numbered(plan, tensors)
         names = set(changed(self._made, tensors))
         self._made, self.moved = (), 0
         touched = [t for t in tensors if t.name in names]
