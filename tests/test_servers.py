@@ -303,9 +303,9 @@ def test_a_server_with_another_folder(fake, pair, tmp_path):
     other.mkdir()
     fake.folder, there = other, fake.folder
     backend = open_backend(fake.name, Options(url=fake.url, folder=str(there)))
-    with plan.build(api.two_models(*pair, alpha=0.5)) as planned:
-        with pytest.raises(Failure, match="--model-folder must be its own folder of checkpoints"):
-            backend.use(planned)
+    text = "--model-folder must be its own folder of checkpoints"
+    with plan.build(api.two_models(*pair)) as planned, pytest.raises(Failure, match=text):
+        backend.use(planned)
     assert not list(there.iterdir())
 
 
