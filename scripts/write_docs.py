@@ -159,7 +159,8 @@ def methods() -> Iterator[str]:
     own = [m for m in registry.methods().values() if m.function.__module__.startswith("plymix.")]
     families: dict[str, list[registry.Method]] = {}
     for found in own:
-        families.setdefault(found.function.__module__, []).append(found)
+        family = ".".join(found.function.__module__.split(".")[:3])  # may be a folder
+        families.setdefault(family, []).append(found)
     order = [f"plymix.methods.{name}" for name in registry._FAMILIES]
     yield from page(
         "Merge methods",

@@ -116,7 +116,7 @@ def test_heavy_libraries_wait_until_they_are_used(path):
 
 
 def test_formats_and_methods_share_nothing():
-    for path in (SOURCE / "methods").glob("*.py"):
+    for path in (SOURCE / "methods").rglob("*.py"):
         assert not {r for r, _ in imports(path)} & {"formats", "archs", "plan", "engine", "recipe"}
         assert "open(" not in path.read_text("utf-8"), path
     for folder in ("formats", "archs"):

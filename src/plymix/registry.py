@@ -65,6 +65,10 @@ class Range:
         return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
 
 
+Share = Annotated[float, Range(0, 1)]
+"""A number of 0..1."""
+
+
 @dataclass(frozen=True)
 class Param:
     """One setting of a method, read off its signature."""

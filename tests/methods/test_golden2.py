@@ -10,15 +10,9 @@ import numpy as np
 import pytest
 
 from plymix.methods.matrix import rotate
-from plymix.methods.task import (
-    arcee_fusion,
-    geometric_median,
-    model_stock,
-    sce,
-    ties,
-    ties_count,
-    ties_soup,
-)
+from plymix.methods.task.centre import geometric_median, model_stock
+from plymix.methods.task.changes import arcee_fusion, sce
+from plymix.methods.task.ties import ties, ties_count, ties_soup
 
 A, B, C = (
     np.array(v, np.float32).reshape(2, 3)

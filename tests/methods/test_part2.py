@@ -18,11 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plymix.errors import Refusal
-from plymix.methods import arrays, matrix, permutation, selection, task, tuning
+from plymix.methods import arrays, matrix, permutation, selection, tuning
 from plymix.methods.selection import bernoulli, kth_largest, row_ranks, top_mask
+from plymix.methods.task import breadcrumbs, centre, changes, dare, della, ties
 from plymix.registry import Method, _read, methods
 
-FAMILIES = (task, matrix, permutation, tuning)
+TASK = (breadcrumbs, centre, changes, dare, della, ties)
+FAMILIES = (*TASK, matrix, permutation, tuning)
 
 
 def registered() -> dict[str, Method]:
@@ -150,7 +152,7 @@ def test_dare_in_pieces_keeps_what_its_masks_say():
     base, a, b = (normal(2 * arrays.BLOCK + 13).astype(np.float32) for _ in range(3))
     a, b = a + 1, b + 2
     masks = [bernoulli(rng_of()(i), base, 0.3) for i in (1, 2)]
-    kept = task.dare_linear(base, a, b, rng=rng_of(), density=0.3, rescale="none") - base
+    kept = dare.dare_linear(base, a, b, rng=rng_of(), density=0.3, rescale="none") - base
     expected = sum(np.where(m, x - base, 0) for m, x in zip(masks, (a, b), strict=True))
     np.testing.assert_allclose(kept, expected, atol=1e-5)
 
@@ -208,8 +210,8 @@ def test_ties_against_the_paper(columns, density, weights, normalize):
     divisor = (w * (f != 0)).sum(0) if normalize else np.ones(len(base))
     expected = base + 0.7 * (w * f).sum(0) / np.where(divisor == 0, 1, divisor)
     options = {"weights": weights, "density": density, "normalize": normalize, "scale": 0.7}
-    np.testing.assert_allclose(task.ties(base, *xs, **options), expected, atol=1e-12)
-    on_torch = task.ties(to_torch(base), *map(to_torch, xs), **options)
+    np.testing.assert_allclose(ties.ties(base, *xs, **options), expected, atol=1e-12)
+    on_torch = ties.ties(to_torch(base), *map(to_torch, xs), **options)
     np.testing.assert_allclose(np.asarray(on_torch), expected, atol=1e-12)
 
 
@@ -218,7 +220,7 @@ def test_ties_against_the_paper(columns, density, weights, normalize):
     st.lists(quantised, min_size=1, max_size=24),
     st.floats(0.01, 1),
     st.sampled_from(["exact", "threshold"]),
-    st.sampled_from([("count", task.ties_count), ("soup", task.ties_soup)]),
+    st.sampled_from([("count", ties.ties_count), ("soup", ties.ties_soup)]),
 )
 def test_ties_by_counting_and_soup(columns, density, trim, how):
     vote, function = how
@@ -233,22 +235,22 @@ def test_ties_by_counting_and_soup(columns, density, trim, how):
 
 def test_ties_of_one_whole_difference_is_add_difference():
     base, b, _ = three(9, 7)
-    np.testing.assert_allclose(task.ties(base, b, density=1.0), b, atol=1e-6)
+    np.testing.assert_allclose(ties.ties(base, b, density=1.0), b, atol=1e-6)
     np.testing.assert_allclose(
-        task.ties(base, b, density=1.0, scale=0.3), base + 0.3 * (b - base), atol=1e-6
+        ties.ties(base, b, density=1.0, scale=0.3), base + 0.3 * (b - base), atol=1e-6
     )
 
 
 def test_ties_over_many_pieces_equals_one_piece(monkeypatch):
     xs = three(700, 301)
-    whole = task.ties(*xs)
+    whole = ties.ties(*xs)
     monkeypatch.setattr(arrays, "BLOCK", 1000)
-    assert np.array_equal(task.ties(*xs), whole)
+    assert np.array_equal(ties.ties(*xs), whole)
 
 
 def test_weights_must_match_the_models():
     with pytest.raises(Refusal, match="3 weights for 2 models"):
-        task.ties(*three(4), weights=(1, 2, 3))
+        ties.ties(*three(4), weights=(1, 2, 3))
 
 
 # -- random masks ---------------------------------------------------------------------------------
@@ -256,26 +258,26 @@ def test_weights_must_match_the_models():
 
 def test_dare_scales_what_it_keeps():
     base, a, b = three(200, 300)
-    r = task.dare_linear(base, a, rng=rng_of(), density=0.3)
+    r = dare.dare_linear(base, a, rng=rng_of(), density=0.3)
     kept = r != base
     assert abs(kept.mean() - 0.3) < 0.01
     np.testing.assert_allclose((r - base)[kept], ((a - base) / 0.3)[kept], atol=2e-6)
-    both = task.dare_linear(base, a, b, rng=rng_of(), density=0.3, weights=(0.5, 2.0), scale=0.5)
-    only_b = task.dare_linear(base, a, b, rng=rng_of(), density=0.3, weights=(0.0, 1.0))
+    both = dare.dare_linear(base, a, b, rng=rng_of(), density=0.3, weights=(0.5, 2.0), scale=0.5)
+    only_b = dare.dare_linear(base, a, b, rng=rng_of(), density=0.3, weights=(0.0, 1.0))
     expected = base + 0.5 * (0.5 * (r - base) + 2.0 * (only_b - base))
     np.testing.assert_allclose(both, expected, atol=1e-5)
     assert not np.array_equal(only_b != base, kept), "models share a mask"
-    other_key = task.dare_linear(base, a, rng=rng_of("other"), density=0.3)
+    other_key = dare.dare_linear(base, a, rng=rng_of("other"), density=0.3)
     assert not np.array_equal(other_key != base, kept), "keys share a mask"
 
 
 def test_dare_end_points_and_expectation():
     base, a, b = three(40)
     np.testing.assert_allclose(
-        task.dare_linear(base, a, b, rng=rng_of(), density=1.0), a + b - base, atol=1e-6
+        dare.dare_linear(base, a, b, rng=rng_of(), density=1.0), a + b - base, atol=1e-6
     )
-    assert np.array_equal(task.dare_linear(base, a, b, rng=rng_of(), density=0.0), base)
-    runs = [task.dare_linear(base, a, rng=rng_of(seed=s), density=0.5) for s in range(3000)]
+    assert np.array_equal(dare.dare_linear(base, a, b, rng=rng_of(), density=0.0), base)
+    runs = [dare.dare_linear(base, a, rng=rng_of(seed=s), density=0.5) for s in range(3000)]
     d = np.abs(a - base)
     assert np.all(np.abs(np.mean(runs, axis=0) - a) <= 5 * d / math.sqrt(3000) + 1e-6)
 
@@ -283,21 +285,21 @@ def test_dare_end_points_and_expectation():
 def test_dare_other_rescalings():
     base, a, _ = three(50, 60)
     runs = {
-        kind: task.dare_linear(base, a, rng=rng_of(), density=0.2, rescale=kind) - base
+        kind: dare.dare_linear(base, a, rng=rng_of(), density=0.2, rescale=kind) - base
         for kind in ("density", "l1", "none", "drop")
     }
     np.testing.assert_allclose(np.abs(runs["l1"]).sum(), np.abs(a - base).sum(), rtol=1e-4)
     np.testing.assert_allclose(runs["density"], runs["none"] / 0.2, atol=3e-6)
     np.testing.assert_allclose(runs["drop"], runs["none"] / 0.8, atol=3e-6)
     with pytest.raises(Refusal, match="density 1"):
-        task.dare_linear(base, a, rng=rng_of(), density=1.0, rescale="drop")
+        dare.dare_linear(base, a, rng=rng_of(), density=1.0, rescale="drop")
 
 
 @pytest.mark.parametrize("normalize", [False, True])
 def test_dare_ties(normalize):
     base, a, b = three(80, 70)
     ds = [
-        task.dare_linear(base, a, b, rng=rng_of(), density=0.6, weights=w).astype(float) - base
+        dare.dare_linear(base, a, b, rng=rng_of(), density=0.6, weights=w).astype(float) - base
         for w in ((1.0, 0.0), (0.0, 1.0))
     ]
     s = np.where(ds[0] * 2.0 + ds[1] * 0.5 >= 0, 1, -1)
@@ -306,7 +308,7 @@ def test_dare_ties(normalize):
     if normalize:
         divisor = 2.0 * (kept[0] != 0) + 0.5 * (kept[1] != 0)
         d = d / np.where(divisor == 0, 1, divisor)
-    r = task.dare_ties(
+    r = dare.dare_ties(
         base, a, b, rng=rng_of(), density=0.6, weights=(2.0, 0.5), normalize=normalize
     )
     np.testing.assert_allclose(r, base + d, atol=1e-5)
@@ -314,7 +316,7 @@ def test_dare_ties(normalize):
 
 def test_dropout_with_independent_masks():
     base, a, b = (np.full(100_000, v, np.float32) for v in (0, 1, 2))
-    r = task.dropout(base, a, b, rng=rng_of(), drop=0.6) * 0.4
+    r = dare.dropout(base, a, b, rng=rng_of(), drop=0.6) * 0.4
     shares = {v: np.isclose(r, v).mean() for v in (0, 1, 2, 1.5)}
     expected = {0: 0.36, 1: 0.24, 2: 0.24, 1.5: 0.16}
     assert shares == pytest.approx(expected, abs=0.01)
@@ -322,7 +324,7 @@ def test_dropout_with_independent_masks():
 
 def test_dropout_with_even_overlap_never_overlaps():
     base, a, b = (np.full(100_000, v, np.float32) for v in (0, 1, 2))
-    r = task.dropout(base, a, b, rng=rng_of(), drop=0.6, overlap=2.0, rescale=0.0)
+    r = dare.dropout(base, a, b, rng=rng_of(), drop=0.6, overlap=2.0, rescale=0.0)
     shares = {v: (r == v).mean() for v in (0, 1, 2)}
     assert shares == pytest.approx({0: 0.6, 1: 0.2, 2: 0.2}, abs=0.01)
     assert sum(shares.values()) == pytest.approx(1)
@@ -333,7 +335,7 @@ def test_dropout_between_whole_overlaps(overlap):
     n, drop = 3, 0.5
     base = np.zeros(200_000, np.float32)
     models = [np.full_like(base, v) for v in (1, 3, 9)]
-    r = task.dropout(base, *models, rng=rng_of(), drop=drop, overlap=overlap, rescale=0.0)
+    r = dare.dropout(base, *models, rng=rng_of(), drop=drop, overlap=overlap, rescale=0.0)
     o = -overlap if overlap > 1 else overlap
     chance = {
         s: math.exp(math.tan(math.pi * (o - 0.5)) * (len(s) - n / 2))
@@ -349,7 +351,7 @@ def test_dropout_between_whole_overlaps(overlap):
 
 def test_dropout_of_everything_is_the_base():
     base, a, b = three(30)
-    assert np.array_equal(task.dropout(base, a, b, rng=rng_of(), drop=1.0), base)
+    assert np.array_equal(dare.dropout(base, a, b, rng=rng_of(), drop=1.0), base)
 
 
 def test_della_keeps_by_rank_in_the_row():
@@ -359,18 +361,18 @@ def test_della_keeps_by_rank_in_the_row():
     base = np.zeros_like(d)
     results = np.stack(
         [
-            task.della_linear(base, d, rng=rng_of(seed=s), density=0.5, epsilon=0.2)
+            della.della_linear(base, d, rng=rng_of(seed=s), density=0.5, epsilon=0.2)
             for s in range(runs)
         ]
     )
     assert np.abs((results != 0).mean(0) - p).max() < 5 * 0.5 / math.sqrt(runs)
     kept = results[0] != 0
     np.testing.assert_allclose(results[0][kept], (d / p)[kept], rtol=1e-5)
-    plain = task.della_linear(
+    plain = della.della_linear(
         base, d, rng=rng_of(seed=0), density=0.5, epsilon=0.2, rescale="density"
     )
     np.testing.assert_allclose(plain, np.where(kept, d / 0.5, 0), rtol=1e-5)
-    conv = task.della_linear(
+    conv = della.della_linear(
         base.reshape(2, 11, 1, 1), d.reshape(2, 11, 1, 1), rng=rng_of(seed=0), epsilon=0.2
     )
     np.testing.assert_array_equal(conv.reshape(2, 11), results[0])
@@ -379,7 +381,7 @@ def test_della_keeps_by_rank_in_the_row():
 def test_della_over_the_whole_tensor():
     d = np.array([[4.0, 1.0], [3.0, 2.0]], np.float32)
     results = [
-        task.della_linear(
+        della.della_linear(
             0 * d, d, rng=rng_of(seed=s), density=0.4, epsilon=0.4, ranks="tensor", rescale="none"
         )
         for s in range(4000)
@@ -391,17 +393,17 @@ def test_della_over_the_whole_tensor():
 def test_della_elects_like_ties_and_refuses_impossible_chances():
     base, a, b = three(30, 20)
     ds = [
-        task.della_linear(base, a, b, rng=rng_of(), weights=w).astype(float) - base
+        della.della_linear(base, a, b, rng=rng_of(), weights=w).astype(float) - base
         for w in ((1.0, 0.0), (0.0, 1.0))
     ]
     s = np.where(ds[0] + ds[1] >= 0, 1, -1)
     kept = [np.where(np.sign(d) == s, d, 0) for d in ds]
     count = (kept[0] != 0).astype(int) + (kept[1] != 0)
     expected = base + sum(kept) / np.maximum(count, 1)
-    np.testing.assert_allclose(task.della(base, a, b, rng=rng_of()), expected, atol=1e-5)
+    np.testing.assert_allclose(della.della(base, a, b, rng=rng_of()), expected, atol=1e-5)
     with pytest.raises(Refusal, match="keep probabilities outside"):
-        task.della(base, a, b, rng=rng_of(), density=0.95)
-    one = task.della_linear(np.zeros((5, 1)), np.ones((5, 1)), rng=rng_of(), density=0.5)
+        della.della(base, a, b, rng=rng_of(), density=0.95)
+    one = della.della_linear(np.zeros((5, 1)), np.ones((5, 1)), rng=rng_of(), density=0.5)
     assert set(one.ravel()) <= {0.0, 2.0}
 
 
@@ -424,16 +426,16 @@ def test_breadcrumbs(n, density, gamma):
         ds.append(np.where(np.isin(np.arange(n), order), d, 0))
     options = {"density": density, "gamma": gamma}
     np.testing.assert_allclose(
-        task.breadcrumbs(base, a, b, weights=(1.0, 0.5), **options),
+        breadcrumbs.breadcrumbs(base, a, b, weights=(1.0, 0.5), **options),
         base + ds[0] + 0.5 * ds[1],
         atol=1e-12,
     )
     s = np.where(ds[0] + ds[1] >= 0, 1, -1)
     elected = sum(np.where(np.sign(d) == s, d, 0) for d in ds)
     np.testing.assert_allclose(
-        task.breadcrumbs_ties(base, a, b, **options), base + elected, atol=1e-12
+        breadcrumbs.breadcrumbs_ties(base, a, b, **options), base + elected, atol=1e-12
     )
-    assert not np.array_equal(task.breadcrumbs(base, a, b), base)
+    assert not np.array_equal(breadcrumbs.breadcrumbs(base, a, b), base)
 
 
 def test_sce():
@@ -448,8 +450,10 @@ def test_sce():
     m = np.sign(d) == s
     w = c[:, None, None] * m
     expected = base + 0.8 * (w * d).sum(0) / np.maximum(w.sum(0), 1e-6)
-    np.testing.assert_allclose(task.sce(base, *models, select=0.3, scale=0.8), expected, atol=1e-7)
-    assert np.array_equal(task.sce(base, models[0], select=0.5), base)
+    np.testing.assert_allclose(
+        changes.sce(base, *models, select=0.3, scale=0.8), expected, atol=1e-7
+    )
+    assert np.array_equal(changes.sce(base, models[0], select=0.5), base)
 
 
 def test_arcee_fusion():
@@ -461,7 +465,7 @@ def test_arcee_fusion():
     threshold = x[int(0.5 * 107)] + 1.5 * (x[int(0.75 * 107)] - x[int(0.25 * 107)])
     expected = np.where(importance >= threshold, b, a)
     assert 0 < (importance >= threshold).sum() < 54
-    assert np.array_equal(task.arcee_fusion(a, b), expected)
+    assert np.array_equal(changes.arcee_fusion(a, b), expected)
 
 
 def test_ram():
@@ -472,14 +476,14 @@ def test_ram():
     c = z.sum(0)
     xs = [base + d for d in ds]
     expected = base + 2 * (z * ds).sum(0) / np.maximum(c, 1)
-    np.testing.assert_allclose(task.ram(base, *xs, scale=2.0), expected, atol=1e-12)
+    np.testing.assert_allclose(changes.ram(base, *xs, scale=2.0), expected, atol=1e-12)
     plus = np.zeros(400)
     for i in range(3):
         unique, shared = (z[i] & (c == 1)).sum(), (z[i] & (c > 1)).sum()
         gain = 1 + 0.5 * np.clip(shared / max(unique, 1e-5), 0, 0.7)
         plus += np.where(c == 1, gain, 1) * z[i] * ds[i]
     plus /= np.maximum(c, 1)
-    result = task.ramplus_tl(base, *xs, ratio=0.5, limit=0.7)
+    result = changes.ramplus_tl(base, *xs, ratio=0.5, limit=0.7)
     np.testing.assert_allclose(result, base + plus, atol=1e-6)
 
 
@@ -498,10 +502,12 @@ def test_model_stock(clamp):
     base, *models = (normal(8, 6, seed=s, dtype=np.float64) for s in range(4))
     ds = [m - base for m in models]
     expected = base + ref_stock(ds, clamp) * np.mean(ds, axis=0)
-    np.testing.assert_allclose(task.model_stock(base, *models, clamp_t=clamp), expected, atol=1e-9)
+    np.testing.assert_allclose(
+        centre.model_stock(base, *models, clamp_t=clamp), expected, atol=1e-9
+    )
     rows = [ref_stock([d[i] for d in ds], clamp) for i in range(8)]
     expected = base + np.array(rows)[:, None] * np.mean(ds, axis=0)
-    result = task.model_stock(base, *models, clamp_t=clamp, filter_wise=True)
+    result = centre.model_stock(base, *models, clamp_t=clamp, filter_wise=True)
     np.testing.assert_allclose(result, expected, atol=1e-9)
 
 
@@ -515,20 +521,20 @@ def ref_median(xs):
 
 def test_geometric_median():
     xs = [normal(5, 6, seed=s, dtype=np.float64) * (1 + s) for s in range(5)]
-    m = task.geometric_median(*xs)
+    m = centre.geometric_median(*xs)
     np.testing.assert_allclose(m, ref_median(xs), atol=1e-6)  # flat near the optimum
 
     def cost(y):
         return sum(np.linalg.norm(x - y) for x in xs)
 
     assert all(cost(m) <= cost(y) for y in (*xs, np.mean(xs, axis=0), m + 1e-3, m - 1e-3))
-    np.testing.assert_allclose(task.geometric_median(*xs[:2]), (xs[0] + xs[1]) / 2, atol=1e-12)
+    np.testing.assert_allclose(centre.geometric_median(*xs[:2]), (xs[0] + xs[1]) / 2, atol=1e-12)
 
 
 @pytest.mark.parametrize("n", range(1, 8))
 def test_median(n):
     xs = [normal(50, seed=s) for s in range(n)]
-    np.testing.assert_allclose(task.median(*xs), np.median(xs, axis=0), atol=1e-6)
+    np.testing.assert_allclose(centre.median(*xs), np.median(xs, axis=0), atol=1e-6)
 
 
 @pytest.mark.parametrize("vote", ["count", "soup"])
@@ -538,12 +544,12 @@ def test_ties_with_stock_and_with_median(vote):
     count = np.maximum((f != 0).sum(0), 1)
     options = {"density": 0.4, "vote": vote}
     np.testing.assert_allclose(
-        task.ties_stock(base, *models, clamp_t=False, **options),
+        centre.ties_stock(base, *models, clamp_t=False, **options),
         base + ref_stock(list(f), False) * f.sum(0) / count,
         atol=1e-9,
     )
     np.testing.assert_allclose(
-        task.ties_gmedian(base, *models, **options), base + ref_median(list(f)), atol=1e-6
+        centre.ties_gmedian(base, *models, **options), base + ref_median(list(f)), atol=1e-6
     )
 
 
@@ -551,7 +557,7 @@ def test_ties_with_stock_and_with_median(vote):
 def test_ties_dare(core):
     base, *models = (normal(90, seed=s, dtype=np.float64) for s in range(4))
     thin = [
-        task.dare_linear(base, *models, rng=rng_of(), density=0.7, rescale="none", weights=w)
+        dare.dare_linear(base, *models, rng=rng_of(), density=0.7, rescale="none", weights=w)
         for w in np.eye(3).tolist()
     ]
     f = ref_filtered(base, thin, [1] * 3, 0.4, "threshold", "count")
@@ -560,7 +566,7 @@ def test_ties_dare(core):
         d *= ref_stock(list(f), True)
     if core == "median":
         d = ref_median(list(f))
-    result = task.ties_dare(base, *models, rng=rng_of(), keep=0.7, density=0.4, core=core)
+    result = centre.ties_dare(base, *models, rng=rng_of(), keep=0.7, density=0.4, core=core)
     np.testing.assert_allclose(result, base + d / 0.7, atol=1e-6)
 
 
@@ -806,7 +812,7 @@ def test_every_method_of_the_index_is_there():
     for method in registered().values():
         again = _read(
             method.function, method.kind, method.name, method.prepare, method.min_variadic,
-            method.delta,
+            method.delta, method.adapters,
         )  # fmt: skip
         assert again == method
         assert "Source:" in method.doc

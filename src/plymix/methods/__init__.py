@@ -1,4 +1,4 @@
-"""Merge methods: pure functions on float32 arrays, one file per family.
+"""Merge methods: pure functions on float32 arrays, one file (or folder) per family.
 
 No file, no key, no architecture is in sight here. `plymix.registry` says how a function declares
 itself. Functions are written to the Python array API standard (`array_api_compat`), so the same

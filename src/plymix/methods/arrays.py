@@ -12,6 +12,8 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import reduce
+from operator import add
 from typing import Any
 
 import array_api_compat.numpy
@@ -22,6 +24,9 @@ from plymix.methods import Array
 
 ROW = 1024
 """Elements per float32 partial sum; small enough that no BLAS splits it among threads."""
+
+Rng = Callable[[int], np.random.Generator]
+"""What a random method is given: the generator of each model, by its index."""
 
 BLOCK = 1 << 15
 """Elements per step of `blockwise` and `gram`: 128 KiB of float32, so a dozen fit in the cache."""
@@ -141,6 +146,11 @@ def rowwise(f: Callable[..., Array], *arrays: Array, dtype: Any = None) -> Array
     return out
 
 
+def add_up(xs: Sequence[Array]) -> Array:
+    """The sum of the arrays, in their order."""
+    return reduce(add, xs)
+
+
 def combine(coefficients: Sequence[float], arrays: Sequence[Array]) -> Array:
     """The sum of `coefficients[i] * arrays[i]`; a coefficient 0 leaves its array unread."""
     terms = [(float(c), x) for c, x in zip(coefficients, arrays, strict=True) if c != 0]
@@ -154,6 +164,11 @@ def combine(coefficients: Sequence[float], arrays: Sequence[Array]) -> Array:
         return out
 
     return blockwise(total, *(x for _, x in terms))
+
+
+def copy_of(x: Array) -> Array:
+    """`x` in memory of its own."""
+    return blockwise(lambda v: v + 0.0, x)
 
 
 def lerp(a: Array, b: Array, t: float) -> Array:

@@ -8,22 +8,26 @@ float64; larger ones, where float64 would double minutes, in the arrays' own flo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import reduce
-from operator import add
+from collections.abc import Sequence
 from typing import Annotated, Any
 
-import numpy as np
 from array_api_compat import device
 
 from plymix.methods import Array
-from plymix.methods.arrays import blockwise, combine, lerp, namespace, norm, normal
+from plymix.methods.arrays import (
+    Rng,
+    add_up,
+    blockwise,
+    combine,
+    copy_of,
+    lerp,
+    namespace,
+    norm,
+    normal,
+)
 from plymix.methods.selection import as_matrix
-from plymix.methods.task import ties
-from plymix.registry import Range, method
-
-Share = Annotated[float, Range(0, 1)]
-Rng = Callable[[int], np.random.Generator]
+from plymix.methods.task.ties import ties
+from plymix.registry import Range, Share, method
 
 EXACT = 768
 """Smaller side up to which a matrix is computed in float64."""
@@ -289,14 +293,14 @@ def truncate_rank(
     """
     xp = namespace(delta)
     if delta.ndim < 2:
-        return blockwise(lambda x: x + 0.0, delta)
+        return copy_of(delta)
     x = _precise(as_matrix(delta))
     most = min(x.shape)
     r = min(rank or round(ratio * most), most)
     if r == 0:
         return xp.zeros_like(delta)
     if r == most:
-        return blockwise(lambda x: x + 0.0, delta)
+        return copy_of(delta)
     u, s, vh = _leading(x, r, rng, iterations)
     return _back((u * s) @ vh, delta)
 
@@ -320,7 +324,7 @@ def truncate_kronecker(
     Source: Van Loan & Pitsianis 1993; LyCORIS LoKr; sd-mecha `truncate_kronecker`.
     """
     if delta.ndim < 2:
-        return blockwise(lambda x: x + 0.0, delta)
+        return copy_of(delta)
     xp = namespace(delta)
     o, i, taps = delta.shape[0], delta.shape[1], math.prod(delta.shape[2:])
     m1, n1 = _kronecker_shape(o, i, o * i * taps, ratio)
@@ -356,9 +360,7 @@ def _deltas(base: Array, models: Sequence[Array]) -> list[Array]:
 def _plain_mean(base: Array, models: Sequence[Array], scale: float) -> Array:
     """X_0 + scale * mean d_i: what the methods below do to everything that is not a matrix."""
     n = len(models)
-    return blockwise(
-        lambda x0, *xs: x0 + reduce(add, [x - x0 for x in xs]) * (scale / n), base, *models
-    )
+    return blockwise(lambda x0, *xs: x0 + add_up([x - x0 for x in xs]) * (scale / n), base, *models)
 
 
 def _onto(base: Array, d: Array, scale: float) -> Array:
@@ -403,7 +405,7 @@ def iso_c(base: Array, *models: Array, scale: float = 1.0) -> Array:
     if base.ndim != 2:
         return _plain_mean(base, models, scale)
     xp = namespace(base)
-    u, s, vh = _svd(reduce(add, _deltas(base, models)))
+    u, s, vh = _svd(add_up(_deltas(base, models)))
     return _onto(base, xp.mean(s) * (u @ vh), scale)
 
 
@@ -425,7 +427,7 @@ def iso_cts(base: Array, *models: Array, common: Share = 0.8, scale: float = 1.0
     xp, n, r = namespace(base), len(models), min(base.shape)
     own = min(round((r - int(common * r)) / n), r // n)  # directions of each model
     ds = _deltas(base, models)
-    u, s, vh = (p[..., : r - own * n] for p in _columns(_svd(reduce(add, ds))))
+    u, s, vh = (p[..., : r - own * n] for p in _columns(_svd(add_up(ds))))
     parts = [(u, s, vh)]
     if own:
         rests = [d - u @ (_t(u) @ d) for d in ds]
@@ -482,7 +484,7 @@ def wudi(
         return _plain_mean(base, models, scale)
     xp = namespace(base)
     ds = _deltas(base, models)
-    d = reduce(add, ds)
+    d = add_up(ds)
     powers = [float(xp.sum(x * x)) for x in ds]
     terms: list[tuple[Any, Any]] = [
         (_t(x) @ x / p, x @ (_t(x) @ x) / p) for x, p in zip(ds, powers, strict=True) if p > 0
@@ -490,7 +492,7 @@ def wudi(
     if not terms:
         return _onto(base, d, scale)
     # The gradient of the loss is 2 (d K - L): both are fixed.
-    gram, goal = (reduce(add, part) for part in zip(*terms, strict=True))
+    gram, goal = (add_up(part) for part in zip(*terms, strict=True))
     mean, square = xp.zeros_like(d), xp.zeros_like(d)
     for step in range(1, steps + 1):
         g = 2 * (d @ gram - goal)

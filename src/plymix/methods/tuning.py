@@ -24,9 +24,7 @@ from plymix.methods.arrays import (
     numel,
 )
 from plymix.methods.selection import top_mask
-from plymix.registry import Range, method
-
-Share = Annotated[float, Range(0, 1)]
+from plymix.registry import Range, Share, method
 
 
 @method("tensor")

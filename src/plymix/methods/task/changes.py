@@ -1,0 +1,182 @@
+"""Methods that ask which models changed an element, and how much it matters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import numpy as np
+
+from plymix.methods import Array
+from plymix.methods.arrays import (
+    BLOCK,
+    add_up,
+    blockwise,
+    choose,
+    clip,
+    flatten,
+    gram,
+    kth_smallest,
+    namespace,
+    numel,
+)
+from plymix.methods.selection import mask_where, top_mask
+from plymix.methods.task.vectors import as_float, distance, merge, products
+from plymix.registry import Range, Share, method
+
+
+@method("tensor")
+def sce(
+    base: Array,
+    *models: Array,
+    select: Share = 1.0,
+    scale: float = 1.0,
+) -> Array:
+    """SCE: Select, Calculate, Erase
+
+    Select: v = variance over the models of d_i (divided by n); below 1, only the
+    k = int(select * number of v != 0) elements with the largest v are kept, in every d_i.
+    Calculate: c_i = mean(d_i^2) / sum_j mean(d_j^2) of what is kept (1/n each if the sum < 1e-6).
+    Erase: signs are elected on sum_i d_i (+ where it is 0) and
+    d = sum_i c_i m_i d_i / max(sum_i c_i m_i, 1e-6) over those that agree;  R = X_0 + scale * d
+
+    select: mergekit's `select_topk`. Models that agree everywhere (one model, equal models) have
+    no variance, so any select below 1 gives the base.
+    Source: FuseChat (SCE), arXiv:2408.07990; mergekit `sce`.
+    """
+    n = len(models)
+    mask = None
+    if select < 1:
+        xp = namespace(base)
+        varied = mask_where(lambda *xs: _variance(*xs) != 0, base, *models)
+        mask = top_mask(int(select * int(xp.count_nonzero(varied))), _variance, base, *models)
+    powers = np.diag(products(base, models, [mask] * n)) / max(numel(base), 1)
+    total = float(powers.sum())
+    shares = [float(p) / total for p in powers] if total >= 1e-6 else [1 / n] * n
+    return merge(
+        base,
+        models,
+        shares,
+        scale,
+        gains=[mask] * n,
+        vote="sum",
+        voices=[1.0] * n,
+        divide="weights",
+        floor=1e-6,
+    )
+
+
+def _variance(x0: Array, *xs: Array) -> Array:
+    ds = [x - x0 for x in xs]
+    mean = add_up(ds) / len(ds)
+    return add_up([(d - mean) ** 2 for d in ds]) / len(ds)
+
+
+@method("tensor")
+def arcee_fusion(a: Array, b: Array) -> Array:
+    """Arcee Fusion: Take the Important Changes of B
+
+    p = softmax(B) + 1e-8 and q = softmax(A) + 1e-8 along the last axis; importance
+    I = |B - A| * sum_row p ln(p / q); t = median(I) + 1.5 (Q3 - Q1);  R = B where I >= t, else A
+
+    The quartiles and the median are the elements int(q (N - 1)) of the sorted I, for tensors of any
+    size (mergekit samples a million elements of larger ones without a seed). A row of one element
+    has I = 0, so t = 0 and B is taken; for a convolution the rows are those of the kernel.
+    Source: mergekit `arcee_fusion`.
+    """
+    xp = namespace(a)
+    shape = (-1, a.shape[-1] if a.ndim else 1)
+    x, y = xp.reshape(a, shape), xp.reshape(b, shape)
+    score, step = xp.empty_like(x), max(1, BLOCK // max(shape[1], 1))
+    for i in range(0, x.shape[0], step):
+        score[i : i + step, :] = _importance(x[i : i + step, :], y[i : i + step, :])
+    n = numel(a)
+    low, middle, high = (kth_smallest(score, int(q * (n - 1)) + 1) for q in (0.25, 0.5, 0.75))
+    threshold = middle + 1.5 * (high - low)
+    taken = blockwise(
+        lambda s, x, y: choose(s >= threshold, y, x), flatten(score), *map(flatten, (a, b))
+    )
+    return xp.reshape(taken, a.shape)
+
+
+def _importance(a: Array, b: Array) -> Array:
+    xp = namespace(a)
+
+    def softmax(x: Array) -> Array:
+        e = xp.exp(x - xp.max(x, axis=-1, keepdims=True))
+        return e / xp.sum(e, axis=-1, keepdims=True) + 1e-8
+
+    p, q = softmax(b), softmax(a)
+    return xp.abs(b - a) * xp.sum(p * xp.log(p / q), axis=-1, keepdims=True)
+
+
+@method("elementwise")
+def ram(
+    base: Array,
+    *models: Array,
+    epsilon: Annotated[float, Range(0)] = 1e-5,
+    scale: float = 1.0,
+) -> Array:
+    """RAM: Keep What Only One Model Changed, Average the Rest
+
+    z_i = 1 where |d_i| > epsilon; c = sum_i z_i;  R = X_0 + scale * sum_i z_i d_i / max(c, 1)
+
+    An element that one model alone changed keeps its full difference, one that several changed
+    gets their mean. epsilon: what counts as unchanged. scale: factor of the sum.
+    Source: Reinforced Agent Merging, arXiv:2601.13572.
+    """
+    return _ram(base, models, [1.0] * len(models), epsilon, scale)
+
+
+@method("tensor")
+def ramplus_tl(
+    base: Array,
+    *models: Array,
+    ratio: float = 0.1,
+    limit: Annotated[float, Range(0)] = 0.2,
+    epsilon: Annotated[float, Range(0)] = 1e-5,
+    scale: float = 1.0,
+) -> Array:
+    """RAM+ per Tensor: Strengthen What Only One Model Changed
+
+    As `ram`, with what model i alone changed multiplied by
+    l_i = 1 + ratio * clamp(shared_i / max(unique_i, epsilon), 0, limit)
+
+    shared_i and unique_i: how many elements of the tensor model i changed together with another
+    model, and alone. ratio and limit: r and alpha of the paper. epsilon: what counts as unchanged.
+    scale: factor of the sum.
+    Source: Reinforced Agent Merging (RAM+), arXiv:2601.13572.
+    """
+    n = len(models)
+
+    def changed(x0: Array, *xs: Array) -> list[Array]:
+        zs = [as_float(distance(x0, x) > epsilon, x0) for x in xs]
+        alone = as_float(add_up(zs) == 1, x0)
+        return [*zs, alone]
+
+    counts = gram(base, *models, of=changed)
+    gains = []
+    for i in range(n):
+        unique = float(counts[i, n])
+        shared = float(counts[i, i]) - unique
+        gains.append(1 + ratio * min(max(shared / max(unique, epsilon or 1.0), 0.0), limit))
+    return _ram(base, models, gains, epsilon, scale)
+
+
+def _ram(
+    base: Array, models: Sequence[Array], alone: Sequence[float], epsilon: float, scale: float
+) -> Array:
+    def piece(x0: Array, *xs: Array) -> Array:
+        ds = [x - x0 for x in xs]
+        zs = [as_float(namespace(d).abs(d) > epsilon, d) for d in ds]
+        count = add_up(zs)
+        unique = as_float(count == 1, x0)
+        total = add_up(
+            [
+                d * z if g == 1 else d * z * (unique * (g - 1) + 1)
+                for d, z, g in zip(ds, zs, alone, strict=True)
+            ]
+        )
+        return x0 + total / clip(count, 1) * scale
+
+    return blockwise(piece, base, *models)

@@ -1,0 +1,147 @@
+"""The sum that methods on task vectors share, and what they measure; no method is in this file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Union
+
+from plymix.methods import Array
+from plymix.methods.arrays import add_up, blockwise, clip, gram, namespace
+from plymix.methods.selection import Largest, Packed
+
+Vote = Literal["", "sum", "count", "soup"]
+Divide = Literal["", "weights", "count"]
+Gains = Sequence[Union[Array, Largest, Packed, None]]
+
+
+def as_float(mask: Array, like: Array) -> Array:
+    """`mask` as zeros and ones in the dtype of `like`."""
+    return mask if mask.dtype == like.dtype else namespace(like).astype(mask, like.dtype)
+
+
+def _given(gains: Gains) -> list[Array]:
+    """The gains that are one number or truth per element."""
+    return [g for g in gains if g is not None and not isinstance(g, (Largest, Packed))]
+
+
+def _reader(gains: Gains) -> Callable[..., list[Array]]:
+    """A function from pieces of the base, the models and `_given(gains)`, called in their order,
+    to the task vectors after their gains."""
+    n = len(gains)
+    cuts = [g.masks() if isinstance(g, (Largest, Packed)) else None for g in gains]
+
+    def read(x0: Array, *rest: Array) -> list[Array]:
+        ds, given = [x - x0 for x in rest[:n]], iter(rest[n:])
+        for d, g, cut in zip(ds, gains, cuts, strict=True):
+            if cut is not None:
+                d *= as_float(cut(namespace(d).abs(d)), d)
+            elif g is not None:
+                d *= as_float(next(given), d)
+        return ds
+
+    return read
+
+
+def _elected(
+    ds: Sequence[Array], vote: Vote, weights: Sequence[float]
+) -> tuple[list[Array], Array]:
+    """The task vectors that point along the elected sign s, times s (0 where they do not), and s.
+
+    Changes `ds` in place.
+
+    sum    s = sign of sum_i w_i d_i, + where that is 0; model i agrees if sign(w_i d_i) = s
+    soup   s = sign of sum_i d_i, and    count  s = sign of sum_i sign(d_i): where that is 0 nobody
+           agrees; model i agrees if sign(d_i) = s
+    """
+    xp, sides = namespace(*ds), [1.0] * len(ds)
+    if vote == "sum":
+        sides = [math.copysign(1, w) if w else 0.0 for w in weights]
+        sign = as_float(_weighted_sum(ds, weights) >= 0, ds[0])
+        sign *= 2
+        sign -= 1
+    else:
+        sign = xp.sign(add_up([xp.sign(d) for d in ds] if vote == "count" else ds))
+    kept = []
+    for d, side in zip(ds, sides, strict=True):
+        d *= sign if side == 1 else sign * side
+        along = clip(d, 0, out=d)
+        kept.append(along if side >= 0 else -along)
+    return kept, sign
+
+
+def _weighted_sum(xs: Sequence[Array], weights: Sequence[float]) -> Array:
+    return add_up([x if w == 1 else x * w for x, w in zip(xs, weights, strict=True)])
+
+
+def merge(
+    base: Array,
+    models: Sequence[Array],
+    weights: Sequence[float],
+    scale: float,
+    *,
+    gains: Gains = (),
+    factors: Sequence[float] = (),
+    vote: Vote = "",
+    voices: Sequence[float] = (),
+    divide: Divide = "",
+    floor: float = 0.0,
+) -> Array:
+    """X_0 + scale * (sum_i w_i f_i d_i) / D over the surviving elements, in one pass.
+
+    D = sum of w_i ("weights") or the number ("count") of the models that survive the vote at an
+    element, not below `floor`, and 1 where it is 0. `factors` rescale a model after its gains;
+    `voices` are the weights in the election where they are not those of the sum.
+    """
+    n = len(models)
+    gains = gains or [None] * n
+    strengths = [w * f for w, f in zip(weights, factors or [1.0] * n, strict=True)]
+    by = [1.0] * n if divide == "count" else weights
+    read = _reader(gains)
+
+    def piece(x0: Array, *rest: Array) -> Array:
+        kept = read(x0, *rest)
+        if vote:
+            kept, sign = _elected(kept, vote, voices or strengths)
+        d = _weighted_sum(kept, strengths)
+        if divide:
+            d = d / _divisor([k != 0 for k in kept], by, floor, x0)
+        if vote:
+            d = d * sign
+        return x0 + (d if scale == 1 else d * scale)
+
+    return blockwise(piece, base, *models, *_given(gains))
+
+
+def _divisor(there: Sequence[Array], weights: Sequence[float], floor: float, like: Array) -> Array:
+    """The sum of the weights of the models that are there, not below `floor`; 1 where it is 0."""
+    xp = namespace(like)
+    if not floor and all(w == 1 for w in weights):
+        count = add_up([xp.astype(t, xp.int16) for t in there])
+        return as_float(clip(count, 1), like)
+    total = _weighted_sum([as_float(t, like) for t in there], weights)
+    if floor:
+        total = clip(total, floor)
+    return total + as_float(total == 0, like)
+
+
+def distance(x0: Array, x: Array, *gain: Array) -> Array:
+    """|d| of one model, after its gain if it has one: the score that trimming ranks by."""
+    d = namespace(x0).abs(x - x0)
+    return d * as_float(gain[0], d) if gain else d
+
+
+def products(base: Array, models: Sequence[Array], gains: Gains = (), vote: Vote = "") -> Any:
+    """The dot products of the differences that survive their gains and the vote, as `gram` gives.
+
+    The elected sign drops out of them.
+    """
+    ones = [1.0] * len(models)
+    gains = gains or [None] * len(models)
+    read = _reader(gains)
+
+    def of(*pieces: Array) -> list[Array]:
+        ds = read(*pieces)
+        return _elected(ds, vote, ones)[0] if vote else ds
+
+    return gram(base, *models, *_given(gains), of=of)
