@@ -29,9 +29,7 @@ from plymix.methods.arrays import (
     row_products,
     rowwise,
 )
-from plymix.registry import Range, method
-
-UNIT = Range(0, 1)
+from plymix.registry import Range, Share, method
 
 FLAT = 1e-6
 """Below this sine two vectors count as parallel or opposite, and slerp as a weighted sum."""
@@ -306,9 +304,7 @@ def orthonorm(a: Array, *models: Array, alpha: Annotated[float, Range(low=0)] = 
 
 
 @method("tensor")
-def euclidean_add_difference(
-    a: Array, b: Array, c: Array, *, alpha: Annotated[float, UNIT] = 0.5
-) -> Array:
+def euclidean_add_difference(a: Array, b: Array, c: Array, *, alpha: Share = 0.5) -> Array:
     """Euclidean Add Difference
 
     a = (A - C)/|A - C|, b = (B - C)/|B - C|, v = (1 - alpha) A + alpha B - C

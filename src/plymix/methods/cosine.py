@@ -24,9 +24,7 @@ from plymix.methods.arrays import (
     rowwise,
     to_numpy,
 )
-from plymix.registry import Range, method
-
-UNIT = Range(0, 1)
+from plymix.registry import Range, Share, method
 
 NARROW = 1e-6
 """A spread of cosines up to this is rounding of float32 weights and counts as none."""
@@ -205,8 +203,8 @@ def extract(
     b: Array,
     c: Array,
     *,
-    alpha: Annotated[float, UNIT] = 0.5,
-    beta: Annotated[float, UNIT] = 0.5,
+    alpha: Share = 0.5,
+    beta: Share = 0.5,
     gamma: Annotated[float, Range(low=0)] = 0.3,
     axis: Literal["last", "row"] = "last",
 ) -> Array:

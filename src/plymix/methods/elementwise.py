@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import reduce
 from typing import Annotated
 
-import numpy as np
-
 from plymix.methods import Array
-from plymix.methods.arrays import choose, clip, lerp, namespace, normal, signed
+from plymix.methods.arrays import Rng, choose, clip, lerp, namespace, normal, signed
 from plymix.methods.linear import keeps_scale
-from plymix.registry import Range, method
-
-UNIT = Range(0, 1)
+from plymix.registry import Range, Share, method
 
 LEAST = 2.0**-149
 """The least number above 0 in float32. As lower limit of a divisor it turns 0 / 0 into 0."""
 
 
 @method("elementwise")
-def geometric_sum(a: Array, b: Array, *, alpha: Annotated[float, UNIT] = 0.5) -> Array:
+def geometric_sum(a: Array, b: Array, *, alpha: Share = 0.5) -> Array:
     """Geometric Sum
 
     R = Re(A^(1-alpha) B^alpha), the complex power's principal branch
@@ -47,8 +42,8 @@ def multiply_difference(
     b: Array,
     c: Array,
     *,
-    alpha: Annotated[float, UNIT] = 0.5,
-    beta: Annotated[float, UNIT] = 0.5,
+    alpha: Share = 0.5,
+    beta: Share = 0.5,
 ) -> Array:
     """Multiply Difference
 
@@ -149,7 +144,7 @@ def add_strict_opposite(a: Array, b: Array, c: Array, *, alpha: float = 1.0) -> 
 
 @method("elementwise")
 def similarity_add_difference(
-    a: Array, b: Array, c: Array, *, alpha: float = 0.5, beta: Annotated[float, UNIT] = 0.5
+    a: Array, b: Array, c: Array, *, alpha: float = 0.5, beta: Share = 0.5
 ) -> Array:
     """Similarity Add Difference
 
@@ -225,7 +220,7 @@ def magmax(base: Array, *models: Array, scale: float = 0.5) -> Array:
 
 
 @method("elementwise")
-def clamp(a: Array, *bounds: Array, stiffness: Annotated[float, UNIT] = 0.0) -> Array:
+def clamp(a: Array, *bounds: Array, stiffness: Share = 0.0) -> Array:
     """Clamp
 
     L = min_i P_i, U = max_i P_i;  R = min(max(A, L), U)
@@ -260,9 +255,7 @@ def clip_to_ab(r: Array, a: Array, b: Array) -> Array:
 
 
 @method("tensor")
-def plus_random(
-    a: Array, *, alpha: float = 0.0, key: str, rng: Callable[[int], np.random.Generator]
-) -> Array:
+def plus_random(a: Array, *, alpha: float = 0.0, key: str, rng: Rng) -> Array:
     """Plus Random
 
     R = A + alpha n, n normally distributed (mean 0, standard deviation 1)

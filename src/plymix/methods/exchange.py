@@ -16,9 +16,7 @@ from plymix.methods.arrays import (
     numel,
     unsort,
 )
-from plymix.registry import Range, method
-
-UNIT = Range(0, 1)
+from plymix.registry import Range, Share, method
 
 
 @method("tensor")
@@ -26,8 +24,8 @@ def tensor(
     a: Array,
     b: Array,
     *,
-    alpha: Annotated[float, UNIT] = 0.5,
-    beta: Annotated[float, UNIT] = 0.0,
+    alpha: Share = 0.5,
+    beta: Share = 0.0,
 ) -> Array:
     """Tensor Exchange
 
@@ -46,8 +44,8 @@ def tensor2(
     a: Array,
     b: Array,
     *,
-    alpha: Annotated[float, UNIT] = 0.5,
-    beta: Annotated[float, UNIT] = 0.0,
+    alpha: Share = 0.5,
+    beta: Share = 0.0,
 ) -> Array:
     """Tensor Exchange Along Inputs
 
@@ -120,9 +118,7 @@ def top_k_tensor_sum(
 
 
 @method("tensor")
-def sparse_topk_delta(
-    a: Array, b: Array, *, alpha: float = 1.0, beta: Annotated[float, UNIT] = 0.5
-) -> Array:
+def sparse_topk_delta(a: Array, b: Array, *, alpha: float = 1.0, beta: Share = 0.5) -> Array:
     """Sparse Top-K Difference
 
     d = B - A;  R = A + alpha d where |d| is among its int(N beta) largest, else A

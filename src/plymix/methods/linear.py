@@ -10,13 +10,11 @@ import math
 from collections.abc import Sequence
 from functools import reduce
 from operator import add
-from typing import Annotated, Literal
+from typing import Literal
 
 from plymix.errors import Refusal
 from plymix.methods import Array, model_weights
-from plymix.registry import Range, method
-
-UNIT = Range(0, 1)
+from plymix.registry import Share, method
 
 
 @method("linear")
@@ -193,7 +191,7 @@ def weighted_subtraction(a: Array, b: Array, *, alpha: float = 0.5, beta: float 
 
 
 @method("linear")
-def smoothstep_sum(a: Array, b: Array, *, alpha: Annotated[float, UNIT] = 0.5) -> Array:
+def smoothstep_sum(a: Array, b: Array, *, alpha: Share = 0.5) -> Array:
     """Smoothstep Sum
 
     t = alpha^2 (3 - 2 alpha);  R = (1 - t) A + t B
@@ -206,7 +204,7 @@ def smoothstep_sum(a: Array, b: Array, *, alpha: Annotated[float, UNIT] = 0.5) -
 
 
 @method("linear")
-def inv_smoothstep_sum(a: Array, b: Array, *, alpha: Annotated[float, UNIT] = 0.5) -> Array:
+def inv_smoothstep_sum(a: Array, b: Array, *, alpha: Share = 0.5) -> Array:
     """Inverse Smoothstep Sum
 
     t = 1/2 - sin(asin(1 - 2 alpha) / 3);  R = (1 - t) A + t B

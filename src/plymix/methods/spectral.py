@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from functools import reduce
 from itertools import product
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 from array_api_compat import device, is_numpy_array
@@ -30,9 +30,7 @@ from plymix.methods.arrays import (
     numel,
     unsort,
 )
-from plymix.registry import Range, method
-
-UNIT = Range(0, 1)
+from plymix.registry import Share, method
 
 
 @method("tensor")
@@ -72,8 +70,8 @@ def distribution_crossover(
     b: Array,
     c: Array,
     *,
-    alpha: Annotated[float, UNIT] = 0.5,
-    beta: Annotated[float, UNIT] = 0.0,
+    alpha: Share = 0.5,
+    beta: Share = 0.0,
 ) -> Array:
     """Distribution Crossover
 
@@ -98,9 +96,7 @@ def distribution_crossover(
 
 
 @method("tensor")
-def crossover(
-    a: Array, b: Array, *, alpha: Annotated[float, UNIT] = 0.5, tilt: float = 0.0
-) -> Array:
+def crossover(a: Array, b: Array, *, alpha: Share = 0.5, tilt: float = 0.0) -> Array:
     """Crossover
 
     R = IFFT((1 - g) FFT(A) + g FFT(B)) over all axes, g a filter over the frequencies
@@ -121,9 +117,7 @@ def crossover(
 
 
 @method("tensor")
-def freq_band_blend(
-    a: Array, b: Array, *, alpha: float = 0.5, beta: Annotated[float, UNIT] = 0.5
-) -> Array:
+def freq_band_blend(a: Array, b: Array, *, alpha: float = 0.5, beta: Share = 0.5) -> Array:
     """Frequency Band Blend
 
     Of each convolution kernel the frequencies below max(int(min(h, w) beta), 1) along both axes
