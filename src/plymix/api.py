@@ -502,6 +502,7 @@ def explained(plan: Plan) -> Explanation:
         rows.items(), key=lambda r: order.index(r[0][0]) if r[0][0] in order else len(order)
     ):
         seen: Counter[tuple[tuple[str, float], ...]] = Counter()
+        adapted: Counter[tuple[tuple[str, float], ...]] = Counter()  # those with a LoRA's part
         methods: set[str] = set()
         for t in tensors:
             terms = shares(t.expr)
@@ -512,8 +513,10 @@ def explained(plan: Plan) -> Explanation:
                 for coefficient, source in dict.fromkeys(terms):  # a LoRA's q, k, v count once
                     name = labels[source]
                     total[name] = total.get(name, 0.0) + coefficient
-                seen[tuple(total.items())] += 1
-        common = dict(seen.most_common(1)[0][0]) if seen else {}
+                with_lora = any(True for _ in deltas(t.expr))
+                (adapted if with_lora else seen)[tuple(total.items())] += 1
+        typical = (adapted or seen).most_common(1)
+        common = dict(typical[0][0]) if typical else {}
         if len({tuple(sorted(s)) for s in seen}) > 1 and block not in ("BUFFER", "EMA"):
             mixed.append(f"{block}: {_spread(list(map(dict, seen)))}")
         merged = sum(plan.fates[t.name].how == "merged" for t in tensors)

@@ -1652,9 +1652,7 @@ class _AdapterSettings(_Settings):
 
     def params(self, place: Place, key: str, models: tuple[int, ...]) -> dict[str, Any]:
         found = []
-        own = (
-            self.arch.place(key) or place
-        )  # lists of factors are for the architecture's own blocks
+        own = self.arch.place(key) or place  # factors are for the architecture's own blocks
         for strength in self.strengths:
             factor = strength.factor(own)
             if self.rules:

@@ -38,6 +38,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "verify": ("recipes:verify", "Tell whether a result is what its recipe says."),
     "recipe show": ("recipes:show", "Print the recipe that a result carries."),
     "recipe import": ("recipes:import_", "Turn another tool's record of a merge into a recipe."),
+    "lora bake": ("loras:bake", "Add LoRAs to a model, in one pass, exactly."),
+    "lora inspect": ("loras:inspect", "Show what a LoRA is, holds and fits."),
     "compare": ("pictures:compare", "Draw merges side by side, without writing a checkpoint."),
     "blocks": ("pictures:blocks", "Find out which block does what, by pictures."),
     "diff": ("comparing:diff", "Tell how far two models are from each other."),
@@ -88,7 +90,7 @@ def run(words: Sequence[str], prog: str = "") -> int:
 
 
 def _dispatch(words: Sequence[str], prog: str) -> int:
-    asked = words[1:] if list(words[:1]) == ["recipe"] else words  # half a command
+    asked = words[1:] if words and words[0] in _groups() else words  # half a command
     if not asked or asked[0] in ("--help", "-h", "help"):
         screen.put(overview())
         return 0
@@ -158,9 +160,17 @@ def _paragraphs(doc: str) -> str:
     return "\n\n".join(" ".join(part.split()) for part in doc.split("\n\n"))
 
 
+def _groups() -> dict[str, list[str]]:
+    """First words of commands that have two, and the second ones."""
+    found: dict[str, list[str]] = {}
+    for first, _, second in (name.partition(" ") for name in COMMANDS if " " in name):
+        found.setdefault(first, []).append(second)
+    return found
+
+
 def _no_command(words: Sequence[str]) -> Refusal:
-    if words[0] == "recipe":
-        return unknown("recipe command", " ".join(words[1:2]), ["show", "import"])
+    if (known := _groups().get(words[0])) is not None:
+        return unknown(f"{words[0]} command", " ".join(words[1:2]), known)
     if words[0].startswith("-"):
         return Refusal(f"{words[0]} comes before a command; see plymix --help")
     return unknown("command", words[0], COMMANDS, help="see plymix --help")

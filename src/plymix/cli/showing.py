@@ -47,7 +47,8 @@ def remarks(plan: Plan) -> Iterator[str]:
                 yield f"{i.label}: {len(keys)} tensors {done} ({rule})"
         unmatched = plan.unmatched.get(i.name, ())
         told = {*i.strangers, *i.paired.unpaired} | (plan.used(i) if unmatched else set())
-        if alone := [key for key in unmatched if key not in told]:
+        # a LoRA's, which is no model with tensors, are told by module among the plan's notes
+        if i.tensors and (alone := [key for key in unmatched if key not in told]):
             yield f"{i.label}: {len(alone)} tensors without a partner, left out: {listed(alone)}"
 
 
