@@ -1,5 +1,6 @@
 """LoRAs in recipes: where, how strong, in what order; and what is refused."""
 
+import hashlib
 import itertools
 from dataclasses import replace
 
@@ -9,11 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import plymix
-from loras import loha, lokr, lora
-from plymix import engine, plan
+import plymix.replay
+from loras import dora, loha, lokr, lora, oft
+from plymix import Refusal, archs, engine, plan
+from plymix.adapters import strengths
+from plymix.expr import leaves
 from plymix.recipe import from_dict
 from small import deviation, load, real, save
-from tiny import header, write
+from tiny import header, state, write
 
 UNET = "model.diffusion_model."
 Q = UNET + "input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
@@ -196,3 +200,220 @@ FOLDER = []
 @pytest.fixture(autouse=True)
 def _remember(folder):
     FOLDER[:] = [folder]
+
+
+# --- strengths
+
+
+def test_text_encoders_blocks_and_rules_have_their_own_strength(folder):
+    blocks = {"IN01": 0.5, "OUT09-OUT11": 0.25, "base": 1.0}
+    found = recipe(
+        folder,
+        {"s": step(["x"], 2.0, te_strength=-1.0, blocks=[blocks], rules=["IN04:in_layers:3"])},
+    )
+    got, a, x = tensors_of(found), values(folder / "a.safetensors"), changes(10)
+    for key, strength in {Q: 1.0, DEEP: 0.5, TEXT: -1.0, CONV: 6.0}.items():
+        want = a[key] + strength * x[key].delta(None)
+        np.testing.assert_allclose(got[key], want, rtol=1e-6, atol=2e-7)
+
+
+# Numbers of sd-webui-lora-block-weight for BASE and the blocks of KEYS: IN01, OUT11, IN04.
+PRESETS = {
+    "NONE": (0, 0, 0, 0),
+    "ALL": (1, 1, 1, 1),
+    "ALL0.5": (0.5, 0.5, 0.5, 0.5),
+    "INS": (1, 1, 0, 1),
+    "IND": (1, 0, 0, 0),
+    "INALL": (1, 1, 0, 1),
+    "MIDD": (1, 0, 0, 0),
+    "OUTD": (1, 0, 0, 0),
+    "OUTS": (1, 0, 1, 0),
+    "OUTALL": (1, 0, 1, 0),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_of_lora_block_weights(name):
+    base, first, last, fourth = PRESETS[name]
+    found = strengths.factors(name, archs.load("sd1"))
+    assert [found[b] for b in ("BASE", "IN01", "OUT11", "IN04")] == [base, first, last, fourth]
+
+
+@pytest.mark.parametrize(
+    ("arch", "values", "expected"),
+    [
+        (
+            "sd1",
+            17,
+            {"BASE": 0, "IN01": 1, "IN02": 2, "IN04": 3, "M00": 7, "OUT03": 8, "OUT11": 16},
+        ),
+        ("sd1", 26, {"BASE": 0, "IN00": 1, "IN11": 12, "M00": 13, "OUT11": 25}),
+        ("sdxl", 12, {"BASE": 0, "IN04": 1, "IN08": 4, "M00": 5, "OUT00": 6, "OUT05": 11}),
+        ("sdxl", 20, {"BASE": 0, "IN00": 1, "M00": 10, "OUT00": 11, "OUT08": 19}),
+        ("flux1", 61, {"CLIP": 0, "T5": 1, "IN": 2, "D00": 3, "S00": 22, "OUT": 60}),
+        ("z-image", 0, {}),
+    ],
+)
+def test_lists_of_lora_block_weights(arch, values, expected):
+    arch = archs.load(arch)
+    if not values:  # no list of its own: one number per block, or the text encoder's before them
+        found = strengths.factors([7.0, *range(len(arch.blocks))], arch)
+        assert found[arch.blocks[-1]] == len(arch.blocks) - 1
+        assert found["BASE"] == 7
+        return
+    found = strengths.factors(list(range(values)), arch)
+    assert {name: found[name] for name in expected} == expected
+    named = {"sd1": {"OUT00", "IN03"}, "sdxl": {"OUT08", "IN00"}}
+    if values in (17, 12):  # blocks that the short list has no number for
+        assert all(found[name] == 0 for name in named[arch.name])
+
+
+def test_a_lora_of_strength_0_is_not_read(folder):
+    off = recipe(folder, {"s": step(["x", "y"], [0.0, 1.0])})
+    with plan.build(off) as planned:
+        read = {leaf.source for t in planned.tensors for leaf in leaves(t.expr)}
+        index = {i.name: i.index for i in planned.inputs}
+        assert index["x"] not in read
+        assert index["y"] in read
+        assert "weight 0" in planned.dropped["x"]
+    with plan.build(recipe(folder, {"s": step(["x"], 0.0)})) as planned:
+        assert planned.merged == 0  # the base model as it is
+
+
+# --- what does not fit
+
+
+def refused(folder, files, match, base="a", **options):
+    models = {"m": str(folder / f"{base}.safetensors")}
+    models |= {f"l{i}": str(file) for i, file in enumerate(files)}
+    loras = [name for name in models if name != "m"]
+    found = from_dict({"models": models, "steps": {"s": step(loras, model="m")}, "output": {}})
+    with pytest.raises(Refusal, match=match):
+        plan.build(found, **options)
+
+
+def test_modules_without_a_partner_are_named_and_strict_refuses_them(folder, tmp_path):
+    strange = {f"lora_unet_nowhere_{i}": lora((8, 8), i) for i in range(12)}
+    tensors = {
+        f"{module}.{end}": ("F32", x)
+        for module, change in strange.items()
+        for end, x in change.tensors.items()
+    }
+    tensors |= {f"{name(Q)}.{end}": ("F32", x) for end, x in lora(HEADER[Q][1]).tensors.items()}
+    tensors["bundle_emb.word.string_to_param.*"] = ("F32", np.zeros((1, 24)))
+    file = save(tmp_path / "l.safetensors", tensors)
+    models = {"a": str(folder / "a.safetensors"), "x": str(file)}
+    found = from_dict({"models": models, "steps": {"s": step(["x"])}, "output": {}})
+    with plan.build(found) as planned:
+        assert len(planned.unmatched["x"]) == 36
+        assert any(
+            "12 of 13 modules match nothing" in n and "nowhere_9" in n for n in planned.notes
+        )
+        assert not any("nowhere_11" in note for note in planned.notes)
+        assert any("embedding" in note for note in planned.notes)
+    refused(folder, [file], r"--strict: 36 keys", strict=True)
+
+
+def test_what_matches_nothing_is_an_error(folder, tmp_path):
+    tensors = {f"lora_unet_nowhere.{end}": ("F32", x) for end, x in lora((8, 8)).tensors.items()}
+    file = save(tmp_path / "l.safetensors", tensors)
+    refused(folder, [file], r"none of the 1 modules of l.safetensors .*nowhere.* a.safetensors")
+
+
+def test_a_lora_for_another_architecture_is_refused_naming_both(folder, tmp_path):
+    h = header("sdxl", dtype="F32")
+    keys = [
+        UNET + "input_blocks.8.1.transformer_blocks.9.attn1.to_q.weight",
+        UNET + "middle_block.1.transformer_blocks.0.attn2.to_v.weight",
+    ]
+    file = lora_file(tmp_path / "xl.safetensors", {k: lora(h[k][1]) for k in keys})
+    refused(folder, [file], r"xl.safetensors is LoRA for SDXL.* and a.safetensors is SD1")
+
+
+def test_a_shape_that_does_not_fit_is_refused(folder, tmp_path):
+    file = lora_file(tmp_path / "wide.safetensors", {Q: lora((16, 8))})
+    refused(folder, [file], r"wide.safetensors: .*to_q changes a weight of 16 x 8; .* 8 x 8")
+
+
+def test_a_model_is_no_lora_and_a_lora_no_model(folder, tmp_path):
+    refused(folder, [folder / "b.safetensors"], "b.safetensors is not a LoRA: it is SD1 checkpoint")
+    refused(folder, [folder / "x.safetensors"], "x.safetensors is LoRA for SD1", base="x")
+    twice = {f"{name(Q)}.lora_A.{n}.weight": ("F32", np.ones((2, 8))) for n in ("one", "two")}
+    refused(folder, [save(tmp_path / "t.safetensors", twice)], "two adapters")
+    steps = {"s": step(["x"]), "t": step(["s"], model="b")}
+    with pytest.raises(Refusal, match=r"steps.t: s is a step; a LoRA is a file"):
+        plan.build(recipe(folder, steps))
+
+
+def test_an_inpainting_model_takes_the_loras_of_plain_ones(folder, tmp_path):
+    write(tmp_path / "inpaint.safetensors", "sd1-inpainting", 3, dtype="F32")
+    change = lora(HEADER[IN][1])
+    file = lora_file(tmp_path / "l.safetensors", {IN: change})
+    models = {"m": str(tmp_path / "inpaint.safetensors"), "l": str(file)}
+    found = from_dict({"models": models, "steps": {"s": step(["l"], model="m")}, "output": {}})
+    with plan.build(found) as planned:
+        got = planned_tensor(planned, IN)
+    before = values(tmp_path / "inpaint.safetensors")[IN]
+    np.testing.assert_allclose(got[:, :4], before[:, :4] + change.delta(None), rtol=1e-6, atol=2e-7)
+    assert (got[:, 4:] == before[:, 4:]).all()
+
+
+# --- as part of recipes
+
+
+def test_a_result_is_replayed_and_verified(folder, tmp_path):
+    mixed = {
+        "x": changes(10)[Q],
+        "y": dora(lora(HEADER[Q][1], 1), HEADER[Q][1]),
+        "z": oft(HEADER[DEEP][1]),
+    }
+    lora_file(tmp_path / "d.safetensors", {Q: mixed["y"], DEEP: mixed["z"]})
+    models = {n: str(folder / f"{n}.safetensors") for n in "ax"}
+    models["d"] = str(tmp_path / "d.safetensors")
+    made = {"s": step(["x", "d"], [0.5, 0.8], te_strength=0.25, blocks=["INS", 1.0])}
+    out = tmp_path / "out.safetensors"
+    plymix.merge(from_dict({"models": models, "steps": made, "output": {}}), out=out)
+    folders = [folder, tmp_path]
+    plymix.replay.replay(out, tmp_path / "again.safetensors", folders=folders)
+    assert (tmp_path / "again.safetensors").read_bytes() == out.read_bytes()
+    assert plymix.replay.verify(out, folders=folders).ok
+    stored = load(out)[1]["plymix.recipe"]
+    digest = hashlib.sha256((tmp_path / "d.safetensors").read_bytes()).hexdigest()
+    assert digest in stored
+
+
+def test_loras_in_expressions(folder, tmp_path):
+    a, b = (plymix.model(folder / f"{n}.safetensors") for n in "ab")
+    x, y = folder / "x.safetensors", folder / "y.safetensors"
+    made = (a.lora(x, 0.8, 0.5).lora(y, -0.2, blocks="IND") + b) / 2
+    assert plymix.Expression.from_json(made.to_json()) == made
+    got, known = tensors_of(made.recipe()), changes(10)
+    first, second = values(folder / "a.safetensors"), values(folder / "b.safetensors")
+    for key, strength in {CONV: 0.8, TEXT: 0.5}.items():
+        want = (first[key] + strength * known[key].delta(None) + second[key]) / 2
+        np.testing.assert_allclose(got[key], want, rtol=1e-6, atol=2e-7)
+    assert "0.8 × x.safetensors" in repr(a.lora(x, 0.8))
+
+
+def test_a_base_in_diffusers_names_gets_the_same_change(folder, tmp_path):
+    """Fused q, k and v of SDXL's second text encoder, in a folder that has them apart."""
+    h = header("sdxl", dtype="F32")
+    made = state(h)
+    key = "conditioner.embedders.1.model.transformer.resblocks.2.attn.in_proj_weight"
+    out, in_ = h[key][1]
+    module = "lora_te2_text_model_encoder_layers_2_self_attn_"
+    tensors, want = {}, made[key].astype(np.float64)
+    for i, part in enumerate(("q_proj", "v_proj")):
+        change = lora((out // 3, in_), i)
+        tensors |= {f"{module}{part}.{e}": ("F32", x) for e, x in change.tensors.items()}
+        rows = slice(0, out // 3) if part == "q_proj" else slice(2 * out // 3, out)
+        want[rows] += 0.5 * change.delta(None)
+    file = save(tmp_path / "l.safetensors", tensors)
+    base = save(tmp_path / "xl.safetensors", {k: (d, made[k]) for k, (d, _) in h.items()})
+    models = {"m": str(base), "l": str(file)}
+    found = from_dict({"models": models, "steps": {"s": step(["l"], 0.5, "m")}, "output": {}})
+    with plan.build(found) as planned:
+        got = planned_tensor(planned, key)
+        np.testing.assert_allclose(got, want, rtol=1e-6, atol=2e-7)
+        k = slice(out // 3, 2 * out // 3)
+        assert (got[k] == made[key][k]).all()

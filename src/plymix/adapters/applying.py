@@ -148,6 +148,8 @@ def _check_shape(module: Module, target: Target, adapter: Adapter, model: Model)
     if fits and target.key == model.arch.input_conv and shape[1:2] > known[1:2]:
         fits = False
     if not fits:
+        if adapter.detection.arch not in (None, model.arch):
+            raise _nothing(adapter, model, [])
         made = " x ".join("any" if n is None else str(n) for n in module.size)
         of = adapter.detection.title
         raise Refusal(

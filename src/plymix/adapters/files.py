@@ -13,7 +13,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -143,6 +143,8 @@ def _modules(source: Source) -> tuple[tuple[Module, ...], dict[str, tuple[str, .
                     f"{source.path.name} has the {factor} of {name} twice, as"
                     f" {parts[factor].name!r} and {key!r}: two adapters are in it; save them apart"
                 )
+            if end.startswith(".lora_magnitude_vector"):  # of convolutions (1, out, 1, 1)
+                info = replace(info, shape=(info.numel,))
             parts[factor] = info
             parts.ends |= {end} - COMMON.keys()
         else:
