@@ -244,7 +244,7 @@ class Merge(Expression):
             **json.loads(self.params),
         }
         if method.variadic:
-            found[method.variadic] = list(names[fixed:])
+            found[method.several] = list(names[fixed:])
         if self.rules:
             found["rules"] = list(self.rules)
         if self.seed:

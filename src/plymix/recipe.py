@@ -234,7 +234,7 @@ def _step_fields(step: Step) -> Iterator[tuple[str, Any]]:
     named = zip(method.inputs, step.inputs, strict=False)
     yield from ((field, name) for field, name in named if name)
     if method.variadic:
-        yield method.variadic, list(step.inputs[len(method.inputs) :])
+        yield method.several, list(step.inputs[len(method.inputs) :])
     yield from step.params.items()
     if step.rules:
         yield "rules", list(step.rules)
@@ -346,7 +346,7 @@ def _step(name: str, found: Any) -> Step:
             raise unknown(
                 f"field in {where} ({method.name})",
                 field,
-                [*known, *method.inputs, "rules", "seed", *filter(None, [method.variadic])],
+                [*known, *method.inputs, "rules", "seed", *filter(None, [method.several])],
             )
     for p in method.params:
         if p.required and p.name not in found:
@@ -356,7 +356,7 @@ def _step(name: str, found: Any) -> Step:
 
 def _inputs(where: str, method: Method, found: dict[str, Any]) -> tuple[str, ...]:
     wanted = ", ".join(method.inputs)
-    wanted += f", {method.variadic} = [...]" if method.variadic else ""
+    wanted += f", {method.several} = [...]" if method.several else ""
     given: list[str] = []
     for i, field in enumerate(method.inputs):
         value = found.pop(field, None)
@@ -372,13 +372,13 @@ def _inputs(where: str, method: Method, found: dict[str, Any]) -> tuple[str, ...
             raise Refusal(f"{where}.{field} = {value!r} is not the name of a model or step")
         given.append(value)
     if method.variadic:
-        models = found.pop(method.variadic, [])
+        models = found.pop(method.several, [])
         models = [models] if isinstance(models, str) else models
         if not isinstance(models, list) or not all(isinstance(m, str) for m in models):
-            raise Refusal(f"{where}.{method.variadic} is not a list of names")
+            raise Refusal(f"{where}.{method.several} is not a list of names")
         if len(models) < method.min_variadic:
             raise Refusal(
-                f"{where} ({method.name}) has {len(models)} in {method.variadic}; it needs"
+                f"{where} ({method.name}) has {len(models)} in {method.several}; it needs"
                 f" {method.min_variadic} or more"
             )
         given += models

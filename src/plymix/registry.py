@@ -136,6 +136,13 @@ class Method:
         raise unknown(f"parameter of {self.name}", name, [p.name for p in self.params])
 
     @property
+    def several(self) -> str:
+        """The field of a recipe that lists the variadic inputs; "" where there are none."""
+        if self.variadic is None:
+            return ""
+        return self.variadic if self.adapters else "models"
+
+    @property
     def random(self) -> bool:
         return "rng" in self.given
 

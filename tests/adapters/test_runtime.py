@@ -2,7 +2,7 @@
 
 Their modules are made on layers with a checkpoint's weights, their parameters drawn, their state
 saved as they save it; the layer with plymix's baked weight must give what theirs gives. Both are in
-the extra `adapters-test`; without them there is nothing to compare with.
+the extra `test-libs`; without them there is nothing to compare with.
 """
 
 import logging
@@ -88,7 +88,9 @@ LYCORIS = {  # module, its arguments, keys of layers it is for
     "LoHa": ("LohaModule", {}, KOHYA),
     "LoHa-CP": ("LohaModule", {"use_tucker": True}, (CONV,)),
     "LoKr": ("LokrModule", {"factor": 4}, KOHYA),
-    "LoKr, both products": ("LokrModule", {"factor": 4, "decompose_both": True, "lora_dim": 1}, KOHYA),
+    "LoKr, both products": (
+        "LokrModule", {"factor": 4, "decompose_both": True, "lora_dim": 1}, KOHYA
+    ),
     "LoKr, both whole": ("LokrModule", {"factor": 4, "full_matrix": True}, KOHYA),
     "LoKr-CP": ("LokrModule", {"factor": 2, "use_tucker": True, "lora_dim": 1}, (CONV,)),
     "GLoRA": ("GLoRAModule", {}, KOHYA),

@@ -487,7 +487,10 @@ def test_every_method_has_an_example_that_is_a_recipe() -> None:
 
     for method in methods().values():
         text = "\n".join(example(method))
-        models = [*method.inputs, *(f"model{i}" for i in range(1, 9))]
+        models = [
+            *method.inputs,
+            *(f"{kind}{i}" for i in range(1, 9) for kind in ("model", "lora")),
+        ]
         table = "\n".join(f'{name} = "{name}.safetensors"' for name in models)
         recipe = recipes.from_toml(f"[models]\n{table}\n{text}\n")
         assert recipe.steps["mix"].method == method.name

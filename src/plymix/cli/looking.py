@@ -263,7 +263,7 @@ def methods(
 def _models(method: Method) -> str:
     fixed = len(method.inputs) - method.optional
     words = [*method.inputs[:fixed], *(f"[{n}]" for n in method.inputs[fixed:])]
-    return " ".join([*words, *(["models..."] if method.variadic else [])])
+    return " ".join([*words, *([f"{method.several}..."] if method.variadic else [])])
 
 
 def _explain_method(method: Method) -> None:
@@ -296,8 +296,8 @@ def example(method: Method) -> list[str]:
         f'{name} = "{name}"' for name in method.inputs[: len(method.inputs) - method.optional]
     ]
     if method.variadic:
-        names = [f"model{i + 1}" for i in range(max(2, method.min_variadic))]
-        lines.append(f"models = [{', '.join(f'{chr(34)}{n}{chr(34)}' for n in names)}]")
+        names = [f"{method.several[:-1]}{i + 1}" for i in range(max(2, method.min_variadic))]
+        lines.append(f"{method.several} = [{', '.join(f'{chr(34)}{n}{chr(34)}' for n in names)}]")
     for p in [p for p in method.params if p.required] or list(method.params[:1]):
         value = 0.5 if p.required else p.default
         if value != ():
