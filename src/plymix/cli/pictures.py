@@ -211,9 +211,9 @@ def compare(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Draw merges side by side: one labelled sheet, without writing a checkpoint.
+    """Draw merges side by side, without writing a checkpoint.
 
-    Rows are merges, columns seeds, or any two or three of: merge, prompt, seed, steps, cfg,
+    What comes out is one labelled sheet. Rows are merges, columns seeds, or any two or three of: merge, prompt, seed, steps, cfg,
     sampler, size, and every weight of the merge. Beside the sheet come its pictures (with their
     settings and recipe inside), a .json from which any of them can be made again, and an .html
     page.
@@ -352,7 +352,7 @@ def blocks(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Find out what each block does: exchange it alone for the other model's, and look.
+    """Find out which block does what, by pictures.
 
     Of A, each block in turn is B's; how far the picture moves is measured, for each prompt and
     seed, and drawn as bars and as a map. "structure" is 1 - MS-SSIM of the brightness (shapes and
