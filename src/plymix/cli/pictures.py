@@ -213,10 +213,10 @@ def compare(
 ) -> None:
     """Draw merges side by side, without writing a checkpoint.
 
-    What comes out is one labelled sheet. Rows are merges, columns seeds, or any two or three of: merge, prompt, seed, steps, cfg,
-    sampler, size, and every weight of the merge. Beside the sheet come its pictures (with their
-    settings and recipe inside), a .json from which any of them can be made again, and an .html
-    page.
+    What comes out is one labelled sheet. Rows are merges, columns seeds, or any two or three of:
+    merge, prompt, seed, steps, cfg, sampler, size, and every weight of the merge. Beside the sheet
+    come its pictures (with their settings and recipe inside), a .json from which any of them can be
+    made again, and an .html page.
 
     Stopped, the same command goes on where it was.
     """
