@@ -8,6 +8,7 @@ SD1, SDXL, Flux.1 and SD3 key sets were also compared with those of real files.
 import subprocess
 import sys
 from collections import Counter
+from fnmatch import fnmatchcase
 
 import pytest
 from hypothesis import given, settings
@@ -450,6 +451,16 @@ KEY = st.text("ab._0*?\n<>", max_size=12) | st.sampled_from([k for s, *_ in OTHE
 @given(st.dictionaries(KEY, st.lists(st.integers(0, 9), max_size=5).map(tuple), max_size=6))
 def test_detection_never_raises(shapes):
     assert archs.detect(shapes).title
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.text("ab.*?", min_size=1, max_size=8), st.lists(st.text("ab.", max_size=8), max_size=6))
+def test_globs_are_those_of_fnmatch(glob, keys):
+    like = set(_Keys(dict.fromkeys(keys, ())).like((glob,)))
+    assert like == {key for key in keys if fnmatchcase(key, glob)}
+    assert set(_Keys(dict.fromkeys(keys, ())).like((glob, "b*a*"))) == like | {
+        key for key in keys if fnmatchcase(key, "b*a*")
+    }
 
 
 def test_hostile_names_stay_out_of_messages():

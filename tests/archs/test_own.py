@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from pathlib import Path
 
 import msgspec
@@ -157,6 +158,7 @@ BROKEN = [
     ('short = "Lumen"', 'short = "L"\ntitel = "x"', "there is no field titel"),
     ("B00..B03", "B03..B00", "blocks: the range 'B03..B00' does not rise"),
     ("B00..B03", "B0..C3", "blocks: 'B0..C3' is neither a name"),
+    ('"OUT"]', '"OUT", "X0000..X9999"]', "blocks: there are more than 2000 names of blocks"),
     ('"OUT"]', '"OUT", "OUT"]', "blocks: OUT stands there twice"),
     ('"OUT"]', '"OUT", "VAE"]', "blocks: VAE is plymix's own name"),
     ('"OUT"]', '"OUT", "MID"]', "blocks: no key of components.0..blocks goes to MID"),
@@ -205,6 +207,21 @@ def test_files_that_are_none(tmp_path):
     (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(FormatError, match=r"bytes\.toml is not TOML"):
         archs.described(tmp_path / "bytes.toml")
+
+
+def test_a_strangers_description_costs_little():
+    """As large as it may be, with keys made to fit: an answer in a moment."""
+    table = msgspec.toml.decode(LUMEN)
+    table["blocks"] = ["IN", "B0000..B1990", "OUT"]
+    rows = {f"x{i}.": f"B{i:04}" for i in range(1991)}
+    table["components"][0]["blocks"] = {"stem.": "IN", "head.": "OUT", **rows}
+    table["detect"] = [{"keys": {"*a*a*a": True}}, {"keys": {"a*a*a*b": True}}]
+    del table["buffers"]
+    keys = {"a" * 500 + str(i): (1,) for i in range(2000)}
+    began = time.monotonic()
+    arch = own.architecture({"name": "lumen", **table})
+    assert archs.detect(keys, arch).arch is None
+    assert time.monotonic() - began < 10
 
 
 VALUES = st.recursive(

@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
-from itertools import islice
+from itertools import count, islice
 
 from plymix.archs.model import (
     Architecture,
@@ -95,7 +95,8 @@ class _Keys:
 
     def like(self, globs: Iterable[str], prefix: str = "") -> Iterator[str]:
         """The keys that fit one of `globs`, in the file's order."""
-        return (m.group() for m in _regex(tuple(globs), prefix).finditer(self._lines))
+        found = (m.group() for m in _regex(tuple(globs), prefix).finditer(self._lines))
+        return (key for key in found if key in self.shapes)
 
     def holds(self, conditions: Conditions, prefix: str = "") -> bool:
         return all(self._holds(name, want, prefix) for name, want in conditions.items())
@@ -114,10 +115,25 @@ class _Keys:
 
 @cache
 def _regex(globs: tuple[str, ...], prefix: str) -> re.Pattern[str]:
-    one = "|".join(
-        re.escape(glob).replace(r"\*", "[^\n]*").replace(r"\?", "[^\n]") for glob in globs
-    )
+    groups = count()
+    one = "|".join(_pattern(glob, groups) for glob in globs)
     return re.compile(f"^{re.escape(prefix)}(?:{one})$", re.MULTILINE)
+
+
+def _pattern(glob: str, groups: Iterator[int]) -> str:
+    """A glob as a regular expression that never goes back over what a "*" took.
+
+    What stands between two of them is found where it first occurs, which is as good as anywhere
+    later; a look-ahead and a reference to it hold the place (as `fnmatch` does).
+    """
+    first, *others = (re.escape(part).replace(r"\?", "[^\n]") for part in glob.split("*"))
+    if not others:
+        return first
+    middle = ""
+    for part in others[:-1]:
+        name = f"g{next(groups)}"
+        middle += f"(?=(?P<{name}>[^\n]*?{part}))(?P={name})"
+    return f"{first}{middle}[^\n]*{others[-1]}"
 
 
 def _fits(shape: tuple[int, ...], want: list[int | str]) -> bool:

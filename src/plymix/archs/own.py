@@ -23,6 +23,9 @@ from plymix.errors import FormatError, Refusal, listed
 LARGEST = 1 << 20
 """Bytes of a description, at most; plymix's own have up to 4000."""
 
+MOST = 2000
+"""Block names, and rows of a component, that a description may have at most."""
+
 RESERVED = ("BASE", "VAE", "EMA", "BUFFER")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,31}")
 _RANGE = re.compile(r"([A-Za-z][A-Za-z_]{0,31}?)([0-9]{1,4})\.\.\1([0-9]{1,4})")
@@ -98,6 +101,7 @@ def _ranges(table: Mapping[str, Any]) -> None:
     if not isinstance(views, Mapping) or not all(isinstance(v, Mapping) for v in views.values()):
         raise _Wrong("views: tables are expected: [views.comfyui]")
     fields |= {f"views.{tool}.blocks": view.get("blocks", []) for tool, view in views.items()}
+    total = 0
     for field, value in fields.items():
         if not isinstance(value, (list, tuple)):
             raise _Wrong(f'{field}: a list of names is expected: ["IN", "B00..B27", "OUT"]')
@@ -107,6 +111,9 @@ def _ranges(table: Mapping[str, Any]) -> None:
                 raise _Wrong(f"{field}: {name!r} is neither a name like M00 nor a range B00..B27")
             if span and (len(span[2]) != len(span[3]) or int(span[2]) > int(span[3])):
                 raise _Wrong(f"{field}: the range {name!r} does not rise")
+            total += 1 + int(span[3]) - int(span[2]) if span else 1
+            if total > MOST:
+                raise _Wrong(f"{field}: there are more than {MOST} names of blocks")
 
 
 def problems(arch: Architecture) -> Iterator[str]:
@@ -137,11 +144,13 @@ def problems(arch: Architecture) -> Iterator[str]:
 def _blocks(arch: Architecture) -> Iterator[str]:
     if not arch.blocks:
         yield "blocks: it names none"
-    for i, name in enumerate(arch.blocks):
+    seen: set[str] = set()
+    for name in arch.blocks:
         if name.upper() in RESERVED:
             yield f"blocks: {name} is plymix's own name"
-        if name.upper() in {other.upper() for other in arch.blocks[:i]}:
+        if name.upper() in seen:
             yield f"blocks: {name} stands there twice"
+        seen.add(name.upper())
 
 
 def _components(arch: Architecture) -> Iterator[str]:
@@ -154,6 +163,8 @@ def _components(arch: Architecture) -> Iterator[str]:
         if part.name in seen or part.name in ("ema", "extra", ""):
             yield f"{field}.name: {part.name!r} is taken or empty"
         seen.add(part.name)
+        if len(part.blocks) > MOST:
+            yield f"{field}.blocks: it has more than {MOST} rows"
         for template, target in part.blocks.items():
             if not _TARGET.fullmatch(target):
                 yield f"{field}.blocks: {target!r} is not BLOCK, B{{i:02}} or BLOCK PART"
@@ -174,12 +185,15 @@ def _denoiser(arch: Architecture) -> Iterator[str]:
     part = arch.denoiser
     if part.block or not part.blocks:
         yield f"components[0].blocks: the denoiser ({part.name}) says which key is in which block"
-    patterns = [_named(target) for target in part.blocks.values()]
-    for template, pattern in zip(part.blocks, patterns, strict=True):
-        if not any(pattern.fullmatch(block) for block in arch.blocks):
-            target = part.blocks[template]
+    used: set[str] = set()
+    for target in dict.fromkeys(part.blocks.values()):
+        pattern = _named(target)
+        found = [block for block in arch.blocks if pattern.fullmatch(block)]
+        used.update(found)
+        if not found:
+            template = next(key for key, to in part.blocks.items() if to == target)
             yield f"components[0].blocks: {template!r} goes to {target}, which is not in blocks"
-    if lone := [b for b in arch.blocks if not any(p.fullmatch(b) for p in patterns)]:
+    if lone := [block for block in arch.blocks if block not in used]:
         yield f"blocks: no key of components[0].blocks goes to {listed(lone, 3)}"
 
 
