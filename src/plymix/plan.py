@@ -147,7 +147,12 @@ class Plan:
     @property
     def nbytes(self) -> int:
         """Bytes of tensor data in the output."""
-        return sum(t.nbytes for t in self.tensors)
+        entries = self._entries()
+        if any(e.encoding for e in entries):
+            from plymix.formats import gguf
+
+            return sum(map(gguf.nbytes, entries))
+        return sum(e.nbytes for e in entries)
 
     def memory(self, threads: int) -> int:
         """An upper bound of the memory the merge needs with so many threads, in bytes."""
@@ -176,10 +181,21 @@ class Plan:
         `configs` gives what else a diffusers folder holds. Raises Refusal for a path that the
         tensors cannot go to.
         """
-        entries = [Entry(t.name, t.dtype, t.shape, t.encoding) for t in self.tensors]
-        layout = self._layout(entries, path, metadata, configs)
+        if any(t.encoding for t in self.tensors) and path.suffix.lower() != ".gguf":
+            raise Refusal(f"q8_0 is a dtype of GGUF files; {path.name} is none: name a .gguf")
+        layout = self._layout(self._entries(), path, metadata, configs)
         placed = tuple(replace(t, offset=layout.offsets[t.name]) for t in self.tensors)
         return placed, layout
+
+    def _entries(self) -> list[Entry]:
+        """The tensors as the file has them: those that are to be packed, if that suits them."""
+        entries = [Entry(t.name, t.dtype, t.shape) for t in self.tensors]
+        if any(t.encoding for t in self.tensors):
+            from plymix.formats.gguf import packed
+
+            pairs = zip(entries, self.tensors, strict=True)
+            return [packed([e])[0] if t.encoding else e for e, t in pairs]
+        return entries
 
     def _layout(
         self,
@@ -189,13 +205,6 @@ class Plan:
         configs: Callable[[Plan], Mapping[str, Content]],
     ) -> Layout:
         limit = int(self.recipe.output.shard)
-        if any(e.encoding for e in entries):
-            if path.suffix.lower() != ".gguf":
-                raise Refusal(f"q8_0 is a dtype of GGUF files; {path.name} is none: name a .gguf")
-            from plymix.formats.gguf import packed
-
-            whole = (packed([replace(e, encoding="")])[0] if e.encoding else e for e in entries)
-            entries = list(whole)
         if is_folder_name(path):
             if not self.components:
                 raise Refusal(

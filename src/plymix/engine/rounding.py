@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-GRID = {"F8_E4M3": (3, -6), "F8_E5M2": (2, -14)}
-"""Bits of the fraction and the least normal exponent (OCP 8-bit floating point, 1.0)."""
+GRID = {"F8_E4M3": (3, -6, 448.0), "F8_E5M2": (2, -14, 57344.0)}
+"""Bits of the fraction, least normal exponent, largest number (OCP 8-bit floating point, 1.0)."""
 
 DRAWS = 8  # 32 bits each that one step of the generator gives
 
@@ -23,17 +23,18 @@ def by_chance(values: Any, dtype: str, noise: tuple[int, str], first: int) -> An
     """float32 `values` on the grid of `dtype`, as float32.
 
     They are the elements from number `first` on of a tensor whose draws are set by `noise`, a
-    (seed, name): the same for any cut of the tensor. Beyond the largest number the grid goes on;
+    (seed, name): the same for any cut of the tensor. What is too large becomes the largest number;
     infinities and NaN stay.
     """
-    bits, least = GRID[dtype]
-    _, exponent = np.frexp(values)
+    bits, least, largest = GRID[dtype]
+    x = np.clip(values.astype(np.float64), -largest, largest)
+    _, exponent = np.frexp(x)
     step = np.maximum(exponent - 1, least) - bits
+    scaled = np.ldexp(x, -step)
+    low = np.floor(scaled)
     with np.errstate(invalid="ignore"):
-        scaled = np.ldexp(values.astype(np.float64), -step)
-        low = np.floor(scaled)
         up = _draws(noise, first, values.size) < scaled - low
-        return np.where(np.isfinite(values), np.ldexp(low + up, step), values).astype(np.float32)
+    return np.where(np.isfinite(values), np.ldexp(low + up, step), values).astype(np.float32)
 
 
 def _draws(noise: tuple[int, str], first: int, n: int) -> Any:

@@ -394,7 +394,7 @@ def layout(entries: Sequence[Entry], metadata: Mapping[str, str]) -> Layout:
         dims = Struct(f"<I{len(shape)}QIQ").pack(len(shape), *shape[::-1], number, at)
         descriptions += label + dims
         places.append((e, at))
-        end = at + _nbytes(e)
+        end = at + nbytes(e)
     values = _values(entries, metadata, shapes)
     head = MAGIC + Struct("<IQQ").pack(3, len(entries), len(values)) + b"".join(values)
     head += descriptions
@@ -414,7 +414,7 @@ def layout(entries: Sequence[Entry], metadata: Mapping[str, str]) -> Layout:
             numel = math.prod(e.shape)
             spans.append(Span(virtual, numel, start + at, Q8_0, e.name))
             virtual += 4 * numel
-        filled = start + at + _nbytes(e)
+        filled = start + at + nbytes(e)
         if padding := bytes(-filled % ALIGNMENT):
             pieces.append((filled, padding))
     through = (lambda target: Encoding(target, spans)) if spans else None
@@ -434,7 +434,8 @@ def _number(e: Entry) -> int:
     return NUMBERS[label]
 
 
-def _nbytes(e: Entry) -> int:
+def nbytes(e: Entry) -> int:
+    """The bytes of `e` in the file."""
     if e.encoding:
         return math.prod(e.shape) // Q8_0.elements * Q8_0.nbytes
     return e.nbytes
@@ -486,7 +487,7 @@ def _values(
             found.append(value(key, _STRING, _labelled(text, MAX_HEADER)))
     encoded = any(e.encoding for e in entries)
     floats = [e for e in entries if e.dtype in FLOATS]
-    most = max(floats, key=_nbytes).dtype if floats else "F32"
+    most = max(floats, key=nbytes).dtype if floats else "F32"
     file_type = _FILE_TYPES.get(Q8_0.name if encoded else most, 0)
     found.append(value("general.alignment", 4, _U32.pack(ALIGNMENT)))
     found.append(value("general.file_type", 4, _U32.pack(file_type)))
