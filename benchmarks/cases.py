@@ -1,7 +1,7 @@
 """What is measured: commands, the yardstick each is held against, and the bars.
 
 A case belongs to a group; a group names the files it needs (`FILES`). Commands run in the folder
-of these files and write `out.safetensors`.
+of these files and write `out.safetensors`, or another name that begins with "out".
 """
 
 from __future__ import annotations
@@ -208,6 +208,33 @@ CASES: tuple[Case, ...] = (
         "SDXL fp16 pair, 19-block gradient",
         f"plymix mbw {TWO_XL} --base_alpha 1 --weights {GRADIENT_XL} -o out.safetensors",
         cat_cp(*TWO_XL.split()),
+        ratio=1.0,
+        mib=MIB_LINEAR,
+    ),
+    Case(
+        "folder",
+        "sdxl",
+        "the same, into a diffusers folder",
+        f"plymix mbw {TWO_XL} --base_alpha 1 --weights {GRADIENT_XL} -o out",
+        cat_cp(*TWO_XL.split()),
+        ratio=1.0,
+        mib=MIB_LINEAR,
+    ),
+    Case(
+        "shards",
+        "sdxl",
+        "SDXL fp16 pair at 0.3, into 3 shards",
+        f"plymix merge {TWO_XL} --alpha 0.3 --shard 3GB -o out.safetensors",
+        cat_cp(*TWO_XL.split()),
+        ratio=1.0,
+        mib=MIB_LINEAR,
+    ),
+    Case(
+        "convert",
+        "sdxl",
+        "SDXL fp16 checkpoint to a diffusers folder",
+        "plymix convert xl-a.safetensors out",
+        "cp xl-a.safetensors out.safetensors",
         ratio=1.0,
         mib=MIB_LINEAR,
     ),

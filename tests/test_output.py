@@ -149,7 +149,7 @@ def test_folders_to_folders_keep_all(tmp_path, folders, model):
     """The folder's own configs, components and spelling, whatever they are."""
     folder = shutil.copytree(folders[model], tmp_path / "in")
     component = "unet" if model == "sdxl" else "transformer"
-    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer").mkdir(exist_ok=True)
     (folder / "tokenizer" / "vocab.json").write_text('{"a": 0}')
     index = json.loads((folder / "model_index.json").read_text())
     index |= {"tokenizer": ["transformers", "CLIPTokenizer"], "safety_checker": ["x", "Checker"]}
@@ -224,7 +224,7 @@ def test_what_a_model_predicts_goes_along(tmp_path):
 def test_configs_of_another_folder(tmp_path, files, folders):
     given = shutil.copytree(folders["sd1"], tmp_path / "given")
     (given / "unet" / "config.json").write_text('{"_class_name": "UNet2DConditionModel", "x": 1}')
-    (given / "tokenizer").mkdir()
+    (given / "tokenizer").mkdir(exist_ok=True)
     (given / "tokenizer" / "merges.txt").write_text("a b")
     index = json.loads((given / "model_index.json").read_text())
     index["tokenizer"] = ["transformers", "CLIPTokenizer"]
@@ -253,8 +253,33 @@ def test_what_is_no_model_is_converted_by_key(tmp_path):
         plymix.convert(tmp_path / f"{name}.safetensors", tmp_path / f"{name}.ckpt")
         with open_model(tmp_path / f"{name}.ckpt") as source:
             assert source.tensors.keys() == tensors.keys()
-        with pytest.raises(Refusal, match="known architecture"):
+        with pytest.raises(Refusal, match="no other layout"):
             plymix.convert(tmp_path / f"{name}.safetensors", tmp_path / "folder")
+
+
+LONE = [("sd1", "vae"), ("sdxl", "vae"), ("sd1", "text_encoder"), ("sdxl", "text_encoder_2")]
+
+
+@pytest.mark.parametrize(("model", "component"), LONE)
+def test_a_lone_vae_or_text_encoder_there_and_back(tmp_path, model, component):
+    made = identities(model)
+    there = {
+        k.partition("/")[2]: ("F32", x)
+        for k, x in expected(model, made).items()
+        if k.startswith(f"{component}/")
+    }
+    file = save(tmp_path / "d.safetensors", there)
+    plymix.convert(file, tmp_path / "own.safetensors", layout="ldm")
+    own = load(tmp_path / "own.safetensors")[0]
+    rest = {k: x.tobytes() for k, (_, x) in made.items()}
+    start = {
+        "vae": "first_stage_model.",
+        "text_encoder": "cond_stage_model.transformer.",
+        "text_encoder_2": "conditioner.embedders.1.model.",
+    }[component]
+    assert {k: x.tobytes() for k, (_, x) in own.items()} == {k: rest[start + k] for k in own}
+    plymix.convert(tmp_path / "own.safetensors", tmp_path / "back.safetensors", layout="diffusers")
+    assert data(tmp_path / "back.safetensors") == data(file)
 
 
 # --- shards

@@ -37,7 +37,7 @@ ALLOWED = {
     "respelling": ARCHS | {"pairing", "respelling"},
     "adapters": BOTTOM | {"pairing", "adapters"},
     "plan": BOTTOM | {"pairing", "respelling", "plan", "adapters"},
-    "folder": FORMATS | ARCHS | {"plan", "folder"},
+    "folder": FORMATS | ARCHS | {"plan", "metadata", "images", "folder"},
     "temporary": {"temporary"},
     "engine": BOTTOM | {"plan", "engine", "gpu", "temporary", "adapters"},
 }

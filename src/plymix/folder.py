@@ -13,10 +13,12 @@ from typing import Any
 
 from plymix.archs import configs as making
 from plymix.archs import zero_terminal_snr
-from plymix.errors import Refusal
+from plymix.errors import Refusal, listed
 from plymix.formats import open_model
 from plymix.formats.base import Content
 from plymix.formats.diffusers import CONFIG, MODEL_INDEX
+from plymix.images import tokens
+from plymix.metadata import CONFIG_KEY
 from plymix.plan import Plan
 
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -49,17 +51,21 @@ def configs(plan: Plan, given: str | Path = "") -> dict[str, Content]:
 
 def remarks(plan: Plan, files: Mapping[str, Content]) -> Iterator[str]:
     """What a user should know of a folder with these small files."""
-    if not plan.folder:
+    if not plan.folder or MODEL_INDEX in plan.base.source.configs:
         return
     inside = {path.partition("/")[0] for path in files}
-    encoders = any(name.startswith("text_encoder") for name in inside)
-    if encoders and not any(name.startswith("tokenizer") for name in inside):
+    encoders = {name for name in inside if name.startswith("text_encoder")}
+    if lost := sorted({e.replace("text_encoder", "tokenizer") for e in encoders} - inside):
         yield (
-            "the folder has no tokenizer, for a checkpoint has none: give a diffusers folder that"
-            " has one by --configs, or tokenizer= when you load it"
+            f"the folder has no {listed(lost)}, for a checkpoint has none: give a diffusers folder"
+            f" that has one by --configs, or {lost[0]}= when you load it"
         )
-    made = plan.base.source.configs.get(SCHEDULER) is None and isinstance(files[SCHEDULER], bytes)
-    if made and plan.arch and plan.arch.name == "sd2" and not plan.denoiser.prediction:
+    if (
+        isinstance(files.get(SCHEDULER), bytes)
+        and plan.arch
+        and plan.arch.name == "sd2"
+        and not plan.denoiser.prediction
+    ):
         yield (
             f"{plan.base.label} does not say what it predicts; {SCHEDULER} says epsilon. For a"
             " v-prediction model write v_prediction there"
@@ -78,18 +84,26 @@ def _made(plan: Plan, component: str) -> dict[str, Any]:
     shapes = {t.name[len(start) :]: t.shape for t in plan.tensors if t.name.startswith(start)}
     if plan.arch is None:
         raise Refusal(f"{component}/{CONFIG} is missing; give a folder that has it by --configs")
-    return making.component(plan.arch, component, shapes, plan.denoiser.prediction)
+    made = making.component(plan.arch, component, shapes, plan.denoiser.prediction)
+    said: dict[str, Any] = json.loads(plan.base.source.metadata.get(CONFIG_KEY, "{}"))
+    made.update(said.get(component, {}))
+    return made
 
 
 def _pipeline(plan: Plan, found: Mapping[str, Content]) -> dict[str, Content]:
     """model_index.json and the scheduler of a model that had neither."""
     assert plan.arch is not None
     detection, source = plan.denoiser.detection, plan.denoiser.source
-    inside = dict.fromkeys((*plan.components, *(p.partition("/")[0] for p in found)))
+    added: dict[str, Content] = {}
+    for name, (kind, openclip) in making.tokenizers(plan.arch, list(plan.components)).items():
+        if kind == "CLIPTokenizer" and not any(path.startswith(f"{name}/") for path in found):
+            files = tokens.files("!") if openclip else tokens.files()
+            added |= {f"{name}/{file}": content for file, content in files.items()}
+    inside = dict.fromkeys((*plan.components, *(p.partition("/")[0] for p in (*found, *added))))
     index = making.pipeline(plan.arch, detection.variant, list(inside))
     zero = zero_terminal_snr(source.tensors, source.metadata)
     scheduler = making.scheduler(plan.arch, detection.variant, plan.denoiser.prediction, zero)
-    return {MODEL_INDEX: making.text(index), SCHEDULER: making.text(scheduler)}
+    return {MODEL_INDEX: making.text(index), SCHEDULER: making.text(scheduler), **added}
 
 
 def _completed(plan: Plan, index: Content) -> Content:

@@ -124,7 +124,7 @@ def _paired(arch: Architecture, groups: Mapping[str, Group]) -> Paired:
             continue
         shapes = _shapes(group)
         found = canonical(arch, DIFFUSERS, component, shapes)
-        paired.update((name, _seen(name, views, group)) for name, views in found.views.items())
+        paired.update((name, seen(name, views, group)) for name, views in found.views.items())
         back = inverse(found.views, shapes)
         spelling.update((group[key].name, views) for key, views in back.items())
         strangers += (group[key].name for key in found.unpaired)
@@ -165,14 +165,14 @@ def spelt(expr: Expr, views: Sequence[View]) -> Expr:
     if all((view.rows, view.transpose, view.shape) == (None, False, None) for view in views):
         return expr
     if elementwise(expr):
-        return mapped(expr, lambda info: _seen(info.name, views, {views[0].key: info}))
+        return mapped(expr, lambda info: seen(info.name, views, {views[0].key: info}))
     return Spelt(expr, tuple((view.rows, view.transpose, view.shape) for view in views))
 
 
 # --- where the numbers lie
 
 
-def _seen(name: str, views: Iterable[View], group: Group) -> TensorInfo:
+def seen(name: str, views: Iterable[View], group: Group) -> TensorInfo:
     """The tensor called `name` that `views` of the tensors in `group` make up."""
     seen = [_view(view, group[view.key]) for view in views]
     first = seen[0]

@@ -831,7 +831,7 @@ class _Planner:
         base, paired, layout = self.base, self.base.paired, self.recipe.output.layout
         if self.any:
             if layout and MODEL_INDEX not in base.source.configs:
-                raise Refusal("a layout needs a known architecture; leave out --arch any")
+                return self._lone(tensors, places, fates)
             if layout == "diffusers":
                 names = (tensor.name.partition("/")[0] for tensor in tensors)
                 self.components, self.folder = tuple(dict.fromkeys(names)), True
@@ -891,6 +891,34 @@ class _Planner:
             out.append(Tensor(name, info.dtype, info.shape, Leaf(base.index, info)))
             places[name] = Place(key, "extra", "BUFFER", "BUFFER", True)
             fates[name] = Fate("copied", base.label)
+        return tuple(out), places, fates
+
+    def _lone(
+        self, tensors: tuple[Tensor, ...], places: dict[str, Place], fates: dict[str, Fate]
+    ) -> tuple[tuple[Tensor, ...], dict[str, Place], dict[str, Fate]]:
+        """A VAE's or text encoder's own file in the layout that is asked for."""
+        base, layout = self.base, self.recipe.output.layout
+        made = {tensor.name: tensor for tensor in tensors}
+        found = respelling.lone({t.name: t.shape for t in tensors}, layout)
+        if found is None or self.recipe.steps:
+            raise Refusal(
+                f"{base.label} is {base.detection.title}: plymix knows no other layout of it"
+            )
+        part, views = found
+        if layout not in ("ldm", part.arch.layout, "diffusers"):
+            known = ["diffusers", part.arch.layout]
+            raise unknown(f"layout of {part.arch.short}", layout, known)
+        if layout == "diffusers":
+            self.components = (part.component,)
+        used = {view.key for of in views.values() for view in of}
+        if lost := [key for key in made if key not in used]:
+            self.notes.append(f"not in the result: {listed(lost, 3)} (no such tensor in {layout})")
+        out: list[Tensor] = []
+        for name, of in views.items():
+            info = pairing.seen(name, of, base.source.tensors)
+            first = made[of[0].key]
+            out.append(replace(first, name=name, shape=info.shape, expr=Leaf(base.index, info)))
+            places[name], fates[name] = places[first.name], fates[first.name]
         return tuple(out), places, fates
 
     def _markers(self, places: dict[str, Place], fates: dict[str, Fate]) -> tuple[Tensor, ...]:

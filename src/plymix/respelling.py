@@ -7,12 +7,14 @@ the base model has diffusers' names itself, its own spelling of them is kept.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from plymix.archs import Architecture
+from plymix.archs import Architecture, load, names
 from plymix.archs.dialect_tables import table_for, tables
-from plymix.archs.dialects import Shapes, View, written
+from plymix.archs.dialects import Part, Shapes, View, canonical, recognise, shape_of, written
 from plymix.pairing import DIFFUSERS, Paired
+
+NOT_THERE = f"{DIFFUSERS} has no such tensor"
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def in_diffusers(arch: Architecture, shapes: Shapes, base: Paired) -> Respelling
                 )
                 views.setdefault(component, {})[name] = of
                 covered.add(of[0].key)
-    unwritten = {name: "diffusers has no such tensor" for name in shapes if name not in home}
+    unwritten = {name: NOT_THERE for name in shapes if name not in home}
     for component in dict.fromkeys(home.values()):
         found = written(arch, DIFFUSERS, component, shapes)
         for name, of in found.views.items():
@@ -50,6 +52,51 @@ def in_diffusers(arch: Architecture, shapes: Shapes, base: Paired) -> Respelling
                 views.setdefault(component, {})[name] = of
         unwritten.update((name, why) for name, why in found.unpaired.items() if name not in covered)
     return Respelling(views, unwritten)
+
+
+def lone(shapes: Shapes, layout: str) -> tuple[Part, Mapping[str, tuple[View, ...]]] | None:
+    """A component's own file in `layout`: what it is, and the views of its tensors there.
+
+    For a VAE or text encoder with these names and shapes, in either layout; None for other files.
+    Where several architectures share it, the first; one that has other names before one that has
+    diffusers' for its own.
+    """
+    same: dict[str, tuple[View, ...]] = {key: (View(key),) for key in shapes}
+    parts = recognise(shapes)
+    if parts and layout == "diffusers":
+        return parts[0], same
+    own: list[tuple[Part, Mapping[str, tuple[View, ...]]]] = []
+    for part in parts:
+        found = canonical(part.arch, DIFFUSERS, part.component, shapes)
+        prefix = table_for(part.arch, DIFFUSERS, part.component, shapes).prefix
+        if not found.unpaired and layout in ("ldm", part.arch.layout):
+            views = {name.removeprefix(prefix): of for name, of in found.views.items()}
+            own.append((part, views))
+    if own:
+        return next((each for each in own if each[1].keys() != same.keys()), own[0])
+    for arch in map(load, names()):
+        for component in _known(arch):
+            if component != arch.denoiser.name and (
+                found_there := _own_file(arch, component, shapes)
+            ):
+                views = found_there if layout == "diffusers" else same
+                return Part(arch, component), views
+    return None
+
+
+def _own_file(arch: Architecture, component: str, shapes: Shapes) -> dict[str, tuple[View, ...]]:
+    """How diffusers has a file of `component` alone with its own names; {} for what is no such."""
+    prefix = table_for(arch, DIFFUSERS, component, shapes).prefix
+    full = {prefix + key: shape for key, shape in shapes.items()}
+    found = written(arch, DIFFUSERS, component, full)
+    foreign = [name for name, why in found.unpaired.items() if why == NOT_THERE]
+    there = {name: shape_of(of, full) for name, of in found.views.items()}
+    if foreign or Part(arch, component) not in recognise(there):
+        return {}
+    return {
+        name: tuple(replace(view, key=view.key.removeprefix(prefix)) for view in of)
+        for name, of in found.views.items()
+    }
 
 
 def _known(arch: Architecture) -> list[str]:

@@ -100,6 +100,16 @@ def pipeline(arch: Architecture, variant: str, components: list[str]) -> Config:
     return found | {k: list(v) if k in there else [None, None] for k, v in sorted(rows.items())}
 
 
+def tokenizers(arch: Architecture, components: list[str]) -> dict[str, tuple[str, bool]]:
+    """The tokenizers that these components want: class, and whether it is for an OpenCLIP."""
+    facts, found = _facts(arch), {}
+    for name, kind in facts.tokenizers.items():
+        encoder = name.replace("tokenizer", "text_encoder")
+        if encoder in components:
+            found[name] = kind, facts.config.get(encoder, {}).get("hidden_act") == "gelu"
+    return found
+
+
 def scheduler(arch: Architecture, variant: str, prediction: str, zero_snr: bool) -> Config:
     """`scheduler_config.json`. `prediction` is "epsilon", "v" or "" (taken for epsilon).
 

@@ -8,6 +8,7 @@ first. The ids are those of transformers' `CLIPTokenizer` and of open_clip.
 from __future__ import annotations
 
 import gzip
+import json
 import re
 import unicodedata
 from collections.abc import Iterator
@@ -39,6 +40,23 @@ def _vocabulary() -> tuple[dict[str, int], dict[tuple[str, str], int]]:
     letters = list(_letters().values())
     tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, pairs)]
     return {t: i for i, t in enumerate(tokens)}, {pair: i for i, pair in enumerate(pairs)}
+
+
+def files(pad: str = "<|endoftext|>") -> dict[str, bytes]:
+    """The files of transformers' `CLIPTokenizer`, by name. OpenCLIP's encoders pad with "!"."""
+    ids, ranks = _vocabulary()
+    marks = ("<|startoftext|>", "<|endoftext|>")
+    start, end = marks
+    special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": pad}
+    config = {**special, "tokenizer_class": "CLIPTokenizer", "model_max_length": WINDOW + 2}
+    pairs = "".join(f"{first} {second}\n" for first, second in ranks)
+    vocabulary = {**ids, **dict(zip(marks, (START, END), strict=True))}
+    return {
+        "vocab.json": json.dumps(vocabulary, ensure_ascii=False).encode(),
+        "merges.txt": f"#version: 0.2\n{pairs}".encode(),
+        "special_tokens_map.json": json.dumps(special, indent=2).encode(),
+        "tokenizer_config.json": json.dumps(config, indent=2).encode(),
+    }
 
 
 def tokens(text: str) -> list[int]:
