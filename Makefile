@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 # torch is only for tests of what needs it, and for GPUs. Where this exact build cannot be had, the
 # newest one is taken.
 TORCH ?= torch==2.13.0
+FUZZ_SECONDS ?= 120
 
-.PHONY: install check lint test docs bench demo clean
+.PHONY: install check lint test fuzz docs bench demo clean
 
 $(VENV)/.base: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +31,9 @@ lint: $(VENV)/.dev
 
 test: $(VENV)/.dev  ## all tests (no network needed)
 	$(BIN)/python -m pytest -n 2
+
+fuzz: $(VENV)/.dev  ## damaged and hostile input for every parser, for FUZZ_SECONDS
+	$(BIN)/python tests/fuzz.py --seconds $(FUZZ_SECONDS)
 
 docs: $(VENV)/.base  ## write the generated pages of docs/
 	$(BIN)/python scripts/write_docs.py

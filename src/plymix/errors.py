@@ -11,11 +11,17 @@ import re
 from collections.abc import Iterable
 from difflib import SequenceMatcher, get_close_matches
 
+LONGEST = 2_000
+"""Characters of a message at most: what a file calls its tensors may be of any length."""
+
 
 class PlymixError(Exception):
     """Base of every error that plymix raises on purpose."""
 
     exit_code = 1
+
+    def __init__(self, text: str = "") -> None:
+        super().__init__(text if len(text) <= LONGEST else text[: LONGEST - 3] + "...")
 
 
 class Refusal(PlymixError):

@@ -200,7 +200,7 @@ def from_toml(text: str, where: str = "recipe") -> Recipe:
         import tomli as tomllib
     try:
         return from_dict(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as e:
+    except (tomllib.TOMLDecodeError, RecursionError) as e:
         raise Refusal(f"{where} is not TOML: {e}") from None
 
 

@@ -159,7 +159,7 @@ def literal(word: str) -> float | str:
 def _inline_table(text: str, field: str) -> object:
     try:
         document = msgspec.toml.decode("value = " + text)
-    except (msgspec.DecodeError, ValueError) as e:
+    except (msgspec.DecodeError, ValueError, RecursionError) as e:
         raise Refusal(f"{field}: {text} is not a TOML table: {e}") from None
     if len(document) > 1:
         raise Refusal(f"{field}: {text} is more than one TOML table")
