@@ -413,6 +413,7 @@ def fuzz(target, folder, examples, number=None):
         max_examples=examples,
         deadline=None,
         database=None,
+        report_multiple_bugs=False,
         phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
     )
