@@ -54,6 +54,22 @@ def to_device(array: np.ndarray[Any, Any], device: str) -> torch.Tensor:
     return torch.from_numpy(_writable(array)).to(device=device, dtype=torch.float32)
 
 
+SUMMED = ("F64", "F32", "F16", "BF16")
+"""The dtypes of which `Sum` needs no help from the CPU, but for the bits of a NaN."""
+
+
+class Sum:
+    """`kernels.Sum` for tensors that are on a device already: call it with one per term."""
+
+    def __init__(self, terms: Sequence[kernels.Term], out_dtype: str) -> None:
+        self.on_cpu = kernels.Sum(terms, out_dtype)
+
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        if self.on_cpu.cast:
+            return inputs[0].to(torch_dtype(self.on_cpu.out))
+        return (_sum_fused if self.on_cpu.fused else _sum_wide)(self.on_cpu, inputs)
+
+
 def linear_sum(
     inputs: Sequence[tuple[float, str, Any]], out_dtype: str, device: str
 ) -> np.ndarray[Any, Any]:
@@ -64,13 +80,14 @@ def linear_sum(
     """
     import torch
 
-    on_cpu = kernels.Sum([(c, dtype) for c, dtype, _ in inputs], out_dtype)
+    total = Sum([(c, dtype) for c, dtype, _ in inputs], out_dtype)
+    on_cpu = total.on_cpu
     views = [np.frombuffer(data, kernels.NUMPY[dtype]) for _, dtype, data in inputs]
     tensors = [
-        _bits(view).to(device).view(_torch_dtype(dtype))
+        _bits(view).to(device).view(torch_dtype(dtype))
         for view, (_, dtype) in zip(views, on_cpu.terms, strict=True)
     ]
-    result = (_sum_fused if on_cpu.fused else _sum_wide)(on_cpu, tensors)
+    result = total(tensors)
     bits = getattr(torch, f"int{8 * result.element_size()}")
     out = result.view(bits).cpu().numpy().view(kernels.NUMPY[out_dtype])
     spoilt = torch.nonzero(torch.isnan(result.float())).flatten().cpu().numpy()
@@ -88,7 +105,7 @@ def _sum_fused(plan: kernels.Sum, inputs: Sequence[torch.Tensor]) -> torch.Tenso
     total = inputs[0].float() * coefficients[0]
     for x, c in zip(inputs[1:], coefficients[1:], strict=True):
         total = (x.double() * c + total.double()).float()
-    out = total.to(_torch_dtype(plan.out))
+    out = total.to(torch_dtype(plan.out))
     codes = [t.view(torch.int16).int() & 0x7FFF for t in (out, *inputs)]
     lost = plan._lost if len(inputs) > 2 else plan._lost[:1]
     flags = torch.zeros_like(out, dtype=torch.bool)
@@ -115,7 +132,7 @@ def _sum_wide(plan: kernels.Sum, inputs: Sequence[torch.Tensor]) -> torch.Tensor
         total = _blend(total, x, 1.0 if i else hi, hi1)
     if any(lo for _, lo in plan._exact):
         total = total + low
-    return total if plan.out == "F64" else total.float().to(_torch_dtype(plan.out))
+    return total if plan.out == "F64" else total.float().to(torch_dtype(plan.out))
 
 
 def _blend(x: torch.Tensor, y: torch.Tensor, a: float, b: float) -> torch.Tensor:
@@ -124,7 +141,7 @@ def _blend(x: torch.Tensor, y: torch.Tensor, a: float, b: float) -> torch.Tensor
 
 
 @cache
-def _torch_dtype(dtype: str) -> Any:
+def torch_dtype(dtype: str) -> Any:
     import torch
 
     return {

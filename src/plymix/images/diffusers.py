@@ -21,6 +21,7 @@ from plymix.expr import Tensor
 from plymix.images import samplers
 from plymix.images.base import Options, Picture, Settings, Tick, need
 from plymix.images.live import COMPONENTS, Live, hints, parts
+from plymix.images.resident import Resident, lined_up
 from plymix.images.tokens import END, START, WINDOW, windows
 from plymix.plan import Plan
 
@@ -66,10 +67,11 @@ class Diffusers:
         where = "cpu" if on_cpu else torch.cuda.get_device_name(self.device)
         self.label = f"diffusers {_version('diffusers')}, torch {torch.__version__}, {where}"
         self.label += f", {precision}" if self.batch == 1 else f", {precision}, batch {self.batch}"
+        self.resident = not on_cpu
         self._modules: dict[str, Any] = {}
         self._params: dict[str, Any] = {}
         self._built: Any = None
-        self._live = Live(self._put)
+        self._live: Live | Resident = Live(self._put)
 
     # --- the model ----------------------------------------------------------------------------
 
@@ -80,7 +82,7 @@ class Diffusers:
         structure = (plan.arch.name, {t.name: t.shape for t in tensors}, hints(plan))
         if structure != self._built:
             self._build(plan.arch.name, found, hints(plan))
-            self._live, self._built = Live(self._put), structure
+            self._live, self._built = self._keeper(), structure
         self._live.become(plan, tensors)
         self.levels = samplers.schedule(_zero_snr(plan))
         self._v = self._predicts_v(plan)
@@ -123,6 +125,13 @@ class Diffusers:
                 raise AssertionError(f"{key}: a buffer that no file has")
             buffer.copy_(torch.arange(buffer.numel()).reshape(buffer.shape))
         return module.eval().requires_grad_(False)
+
+    def _keeper(self) -> Live | Resident:
+        """On a GPU the models that are merged stay in its memory, where there is room."""
+        if not self.resident:
+            return Live(self._put)
+        names = {id(p): name for name, p in self._params.items()}
+        return Resident(self._put, lined_up(self._modules, names), self.device)
 
     def _put(self, tensor: Tensor, data: memoryview) -> None:
         import torch

@@ -130,9 +130,14 @@ class Live:
         """Compute what differs from the last call. Raises Failure; then everything is made anew."""
         tensors = self._sources.numbered(plan, tensors)
         names = set(changed(self._made, tensors))
-        self._made, self.moved = (), 0
-        touched = [t for t in tensors if t.name in names]
-        job = engine.Job(self._sources.all, engine.MemoryTarget(0), device=self._device)
+        self._made = ()
+        self.make(self._sources.all, [t for t in tensors if t.name in names])
+        self._made = tensors
+
+    def make(self, sources: Sequence[Source], touched: Sequence[Tensor]) -> None:
+        """Compute tensors whose leaves count `sources`, whatever was made before."""
+        self.moved = 0
+        job = engine.Job(sources, engine.MemoryTarget(0), device=self._device)
         prepare(job, touched)
         for batch in _batches(touched):
             target = engine.MemoryTarget(batch[-1].offset + batch[-1].nbytes)
@@ -141,7 +146,6 @@ class Live:
             for tensor in batch:
                 self._put(tensor, data[tensor.offset : tensor.offset + tensor.nbytes])
                 self.moved += tensor.nbytes
-        self._made = tensors
 
 
 def _batches(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
