@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 from plymix import engine, pairing
-from plymix.archs.dialects import shape_of, written
+from plymix.archs.dialects import Views, shape_of, written
+from plymix.archs.model import load
 from plymix.engine.worker import prepare
 from plymix.errors import Refusal
 from plymix.expr import Tensor, changed, numbered
@@ -48,9 +50,10 @@ def parts(plan: Plan) -> dict[str, tuple[Tensor, ...]]:
         )
     home = {plan.places[t.name].key: t for t in plan.tensors}
     shapes = {key: t.shape for key, t in home.items()}
+    told = tuple(shapes.items())
     found: dict[str, tuple[Tensor, ...]] = {}
     for component in COMPONENTS[arch.name]:
-        views = written(arch, pairing.DIFFUSERS, component, shapes).views
+        views = _views(arch.name, component, told)
         if not views:
             raise Refusal(
                 f"{plan.base.label} has no {component.replace('_', ' ')}; take a whole checkpoint"
@@ -66,6 +69,12 @@ def parts(plan: Plan) -> dict[str, tuple[Tensor, ...]]:
             for name, of in views.items()
         )
     return found
+
+
+@lru_cache(maxsize=8)
+def _views(arch: str, component: str, shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> Views:
+    """Which parts of a checkpoint's tensors a component's are: alike for all merges of a sheet."""
+    return written(load(arch), pairing.DIFFUSERS, component, dict(shapes)).views
 
 
 def hints(plan: Plan) -> dict[str, dict[str, Any]]:
