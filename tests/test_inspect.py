@@ -258,6 +258,47 @@ def test_a_hostile_webui_recipe_does_no_harm(tmp_path, text):
 # --- hashes -------------------------------------------------------------------------------------
 
 
+def sd_scripts_hashes(rows, metadata):
+    """(sshs_model_hash, sshs_legacy_hash) as sd-scripts get them: of what the library saves."""
+    own = {k: v for k, v in metadata.items() if k.startswith("ss_")}
+    data = safetensors.numpy.save(rows, own or None)
+    start = 8 + int.from_bytes(data[:8], "little")
+    old = hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8]
+    return hashlib.sha256(data[start:]).hexdigest(), old
+
+
+@pytest.mark.parametrize("size", [10, 1 << 18, 1 << 19])
+def test_hashes_that_sd_scripts_write(tmp_path, size):
+    """The file's own metadata and order of tensors do not count for the old one."""
+    rng = np.random.default_rng(size)
+    rows = {
+        "z.half": rng.standard_normal(size).astype(np.float16),
+        "b.single": rng.standard_normal(size // 2).astype(np.float32),
+        "a.half": rng.standard_normal((5, 7)).astype(np.float16),
+        "n.whole": np.arange(11),
+    }
+    said = {"ss_epoch": "3", "ss_note": 'a "quote", ü and \n', "modelspec.title": "long " * 50}
+    model_hash, legacy = sd_scripts_hashes(rows, said)
+    dtypes = {"float16": "F16", "float32": "F32", "int64": "I64"}
+    header = {key: (dtypes[x.dtype.name], x.shape) for key, x in rows.items()}
+    path = tiny.write_safetensors(tmp_path / "m.safetensors", header, rows, said)
+    assert inspect(path, hashes=True).hashes.sshs_legacy_hash == legacy
+    safetensors.numpy.save_file(rows, tmp_path / "l.safetensors", said)
+    found = inspect(tmp_path / "l.safetensors", hashes=True).hashes
+    assert (found.sshs_model_hash, found.sshs_legacy_hash) == (model_hash, legacy)
+    assert found.autov3 == model_hash[:12]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"), [(("ztsnr",), {}), ((), {"ss_zero_terminal_snr": "True"})]
+)
+def test_zero_terminal_snr(tmp_path, tensors, said):
+    header = tiny.header("sdxl", markers=tensors)
+    path = tiny.write_safetensors(tmp_path / "m.safetensors", header, tiny.state(header), said)
+    assert inspect(path).zero_terminal_snr
+    assert not inspect(tiny.write(tmp_path / "n.safetensors", "sdxl")).zero_terminal_snr
+
+
 def test_file_hashes_by_hand(tmp_path):
     """Against hashlib on the whole file in memory; AutoV1's window is cut short."""
     values = {"w": np.arange(600_000, dtype=np.float16)}

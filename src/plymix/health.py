@@ -42,8 +42,8 @@ class Finding(msgspec.Struct, frozen=True):
     """One thing that is wrong with, or should be known of, a file.
 
     `kind` is "nan", "infinity", "overflow", "zeros", "position_ids", "incomplete", "damaged",
-    "buffers" or "unchecked". `text` is a sentence that says what to do. `keys` are all tensors
-    concerned and `elements` how many of their numbers.
+    "names", "schedules", "prediction", "vae", "buffers" or "unchecked". `text` is a sentence that
+    says what to do. `keys` are all tensors concerned and `elements` how many of their numbers.
     """
 
     severity: Severity
@@ -102,14 +102,20 @@ def check(
 def _health(source: Source, dtype: str, progress: ProgressCallback | None) -> Health:
     paired = paired_or_not(source)
     detection = paired.detection
+    from plymix.known_bad import known_bad
+
     scans = _scanned(source, dtype or "F16", progress)
     buffers = _buffers(source, paired)
+    vae = frozenset(
+        info.name for info, place in placed(source, paired) if place and place.component == "vae"
+    )
     found = [
-        *_not_finite(scans, buffers),
+        *_not_finite(scans, buffers, vae),
         *_too_large(scans, buffers, dtype),
-        *_all_zero(scans, buffers, detection),
+        *_all_zero(scans, buffers, vae, detection),
         *position_ids(source),
         *_missing(source, paired),
+        *known_bad(source, paired),
         *_unchecked(source),
     ]
     found.sort(key=lambda f: ("error", "warning", "note").index(f.severity))
@@ -291,10 +297,19 @@ def _finding(
         yield Finding(severity, kind, text, tuple(found), elements)
 
 
-def _not_finite(scans: Scans, buffers: Container[str]) -> Iterator[Finding]:
+TAKE_A_VAE = 'take one whole: --vae FILE in a merge, or vae = "FILE" in a recipe\'s [output]'
+
+
+def _mend(found: Mapping[str, int], vae: frozenset[str], otherwise: str, so: str = "") -> str:
+    """What to do about `found`; a VAE alone can be had from elsewhere."""
+    return f"that is its VAE{so}: {TAKE_A_VAE}" if found.keys() <= vae else otherwise
+
+
+def _not_finite(scans: Scans, buffers: Container[str], vae: frozenset[str]) -> Iterator[Finding]:
     spoilt = "fetch the file again, or make it again from sound models"
     nan = {i.name: s.nan for i, s in scans.items() if s.nan}
-    yield from _finding("error", "nan", nan, "with NaN ({elements} in all)", spoilt)
+    todo = _mend(nan, vae, spoilt)
+    yield from _finding("error", "nan", nan, "with NaN ({elements} in all)", todo)
     inf = {
         i.name: s.infinite
         for i, s in scans.items()
@@ -302,7 +317,7 @@ def _not_finite(scans: Scans, buffers: Container[str]) -> Iterator[Finding]:
     }
     weights = {key: n for key, n in inf.items() if key not in buffers}
     what = "with infinite numbers ({elements} in all)"
-    yield from _finding("error", "infinity", weights, what, spoilt)
+    yield from _finding("error", "infinity", weights, what, _mend(weights, vae, spoilt))
     tables = {key: n for key, n in inf.items() if key in buffers}
     todo = "so it is in schedules of zero-terminal SNR; programs make their own, nothing to do"
     yield from _finding("note", "buffers", tables, f"of no weights {what}", todo)
@@ -317,7 +332,9 @@ def _too_large(scans: Scans, buffers: Container[str], dtype: str) -> Iterator[Fi
     yield from _finding(severity, "overflow", large, what, todo)
 
 
-def _all_zero(scans: Scans, buffers: Container[str], detection: Detection) -> Iterator[Finding]:
+def _all_zero(
+    scans: Scans, buffers: Container[str], vae: frozenset[str], detection: Detection
+) -> Iterator[Finding]:
     """Trained weights are not all zero; parts that an adapter never trained are."""
     zeros = {
         i.name: i.numel
@@ -326,6 +343,7 @@ def _all_zero(scans: Scans, buffers: Container[str], detection: Detection) -> It
     }
     if detection.kind in ("checkpoint", "denoiser", "vae", "text_encoder"):
         todo = "such weights switch their layer off; compare with the model it was made from"
+        todo = _mend(zeros, vae, todo, ", which draws grey pictures then")
         yield from _finding("warning", "zeros", zeros, "of zeros only", todo)
     else:
         todo = "they add nothing; an adapter's untrained parts look like this"

@@ -19,11 +19,14 @@ from plymix import archs, pairing, urls
 from plymix.archs import Architecture, Detection, Place, Prediction
 from plymix.errors import Refusal
 from plymix.formats import open_model
-from plymix.formats.base import Source, TensorInfo
+from plymix.formats.base import BITS, Entry, Source, TensorInfo
 from plymix.pairing import Paired
 
 if TYPE_CHECKING:
     from plymix.recipe import Recipe
+
+OLD = range(0x100000, 0x110000)
+"""The bytes of a file that A1111's old short hash is of."""
 
 BRIEF = 100
 """Characters of a metadata value that people are shown."""
@@ -66,7 +69,8 @@ class Hashes(msgspec.Struct, frozen=True):
 
     `sha256` is of the whole file (of several: see `hashes.model_sha256`) and `autov2` its first 10
     digits; `autov1` is A1111's old short hash. `sshs_model_hash` is of a safetensors file's data
-    without its header, and `autov3` its first 12 digits. `tensors` is `tensors_hash`: the same for
+    without its header, and `autov3` its first 12 digits; `sshs_legacy_hash` is what kohya's
+    sd-scripts write by that name. `tensors` is `tensors_hash`: the same for
     equal tensors in any file.
     """
 
@@ -75,6 +79,7 @@ class Hashes(msgspec.Struct, frozen=True):
     autov2: str | None
     autov3: str | None
     sshs_model_hash: str | None
+    sshs_legacy_hash: str | None
     tensors: str
 
 
@@ -96,6 +101,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     blocks: tuple[Block, ...]
     ema: Amount
     prediction: Prediction
+    zero_terminal_snr: bool  # by a marker tensor, or by `ss_zero_terminal_snr`
     markers: dict[str, str]  # tensor -> what it says
     quantised: int  # tensors that are scales and tables of quantised weights
     unknown: Unknown
@@ -153,6 +159,7 @@ def _report(source: Source, hashed: bool, own: Architecture | None) -> Report:
         blocks=tuple(_blocks(rows, detection)) if has_places(detection) else (),
         ema=_amount(row for row in rows if row[1] and row[1].component == "ema"),
         prediction=_prediction(source, detection),
+        zero_terminal_snr=archs.zero_terminal_snr(source.tensors, source.metadata),
         markers=archs.markers(source.tensors),
         quantised=len(archs.quantised(source.tensors)),
         unknown=_unknown(rows, detection),
@@ -304,8 +311,8 @@ def _webui_recipe(metadata: Mapping[str, str]) -> tuple[str, ...]:
 
     Field names as in AUTOMATIC1111's `modules/extras.py` (run_modelmerger, add_merge_recipe).
     """
-    said = _json_object(metadata.get("sd_merge_recipe"))
-    models = _json_object(metadata.get("sd_merge_models"))
+    said = json_object(metadata.get("sd_merge_recipe"))
+    models = json_object(metadata.get("sd_merge_models"))
     names = {key: str(m.get("name", key)) for key, m in models.items() if isinstance(m, dict)}
     lines = []
     if said:
@@ -318,7 +325,7 @@ def _webui_recipe(metadata: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def _json_object(text: str | None) -> dict[str, Any]:
+def json_object(text: str | None) -> dict[str, Any]:
     try:
         found = json.loads(text or "{}")
     except (ValueError, RecursionError):
@@ -344,6 +351,7 @@ def _hashes(source: Source, paired: Paired) -> Hashes:
             source.read_at(0, 0, length)
             start = 8 + int.from_bytes(length, "little")
             data = pool.submit(hashes.data_sha256, path, start)
+        plain = not any(info.encoding for info in source.tensors.values())
         tensors = tensors_hash(source, paired)
         model_hash = data.result() if data else None
         return Hashes(
@@ -352,8 +360,35 @@ def _hashes(source: Source, paired: Paired) -> Hashes:
             autov2=whole.result()[:10] if alone else None,
             autov3=model_hash[:12] if model_hash else None,
             sshs_model_hash=model_hash,
+            sshs_legacy_hash=sshs_legacy_hash(source) if alone and data and plain else None,
             tensors=tensors,
         )
+
+
+def sshs_legacy_hash(source: Source) -> str:
+    """The old short hash of the file as sd-scripts save it: `ss_*` metadata alone, 8 hex digits.
+
+    The safetensors library puts larger dtypes first and sorts by name within one; the hash is of
+    64 KiB at offset 1 MiB (sd-scripts: library/train_util.py, precalculate_safetensors_hashes).
+    """
+    from plymix.formats import safetensors
+
+    sizes = {dtype: at for at, dtype in enumerate(BITS)}  # in the library's order
+    infos = sorted(source.tensors.values(), key=lambda i: (-sizes[i.dtype], i.name))
+    metadata = {key: text for key, text in source.metadata.items() if key.startswith("ss_")}
+    entries = [Entry(i.name, i.dtype, i.shape) for i in infos]
+    layout = safetensors.layout(entries, metadata)
+    digest = hashlib.sha256()
+    ((_, header),) = layout.pieces
+    digest.update(header[OLD.start : OLD.stop])
+    for info in infos:
+        at = layout.offsets[info.name]
+        start, stop = max(OLD.start, at), min(OLD.stop, at + info.nbytes)
+        if start < stop:
+            part = bytearray(stop - start)
+            source.read_at(info.file, info.offset + start - at, part)
+            digest.update(part)
+    return digest.hexdigest()[:8]
 
 
 def tensors_hash(source: Source, paired: Paired) -> str:

@@ -11,7 +11,7 @@ says what it was made from, and `replay` and `verify` work on it.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
@@ -83,7 +83,7 @@ def extract(
     out: PathLike | None = None,
     *,
     keep_prefix: bool = False,
-    dtype: str = "keep",
+    dtype: str | Mapping[str, str] = "keep",
     ema: str = "drop",
     dry_run: bool = False,
     force: bool = False,
@@ -108,7 +108,7 @@ def prune(
     *,
     drop: Sequence[str] = (),
     ema: str = "drop",
-    dtype: str = "keep",
+    dtype: str | Mapping[str, str] = "keep",
     dry_run: bool = False,
     force: bool = False,
     threads: int = 0,
@@ -118,7 +118,8 @@ def prune(
 
     EMA weights are left out, kept, or with `ema="use"` put in place of the others. `drop` names
     more: components, "schedules" (of noise), keys "unknown" to the architecture, "metadata" that
-    says nothing of the model. With `dry_run` nothing is written. Raises Refusal.
+    says nothing of the model. `dtype` is as for `merge`. With `dry_run` nothing is written. Raises
+    Refusal.
     """
     wanted = dict.fromkeys(("leftovers", *drop))
     recipe = _recipe(model, drop=list(wanted), ema=ema, dtype=dtype, **_any(model))
@@ -156,6 +157,8 @@ def repair(
 def _recipe(model: PathLike, **output: Any) -> Recipe:
     file = os.fspath(model)
     name = recipes.model_name(file, ())
+    if isinstance(output.get("dtype"), Mapping):
+        output["dtype"] = dict(output["dtype"])
     return recipes.from_dict({"models": {name: file}, "output": output})
 
 

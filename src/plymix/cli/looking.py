@@ -89,6 +89,8 @@ def _facts(found: Report) -> Iterator[tuple[str, str]]:
     yield "format", found.format + (f", under {found.root!r}" if found.root else "")
     if found.prediction.kind:
         yield "predicts", f"{found.prediction.kind} ({found.prediction.told})"
+    if found.zero_terminal_snr:
+        yield "schedule", "zero-terminal SNR"
     for name, text in found.markers.items():
         yield "marker", f"{name}: {text}"
     if found.quantised:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from plymix.cli import screen
-from plymix.cli.options import Dtype, Force, Json, Output, Threads, argument, option
+from plymix.cli.options import Dtypes, Force, Json, Output, Threads, argument, option
 from plymix.cli.options import checked_threads as checked
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def extract(
     keep_prefix: Annotated[
         bool, option("Keep the names that the keys have in the model.", default=False)
     ] = False,
-    dtype: Annotated[Dtype, option("Number format of the result.")] = "keep",
+    dtype: Dtypes = "keep",
     ema: Annotated[
         Literal["drop", "use"], option("use: the denoiser's EMA weights in place of the others.")
     ] = "drop",
@@ -70,7 +70,7 @@ def prune(
     ema: Annotated[
         Ema, option("EMA weights: leave out, keep, or use in place of the others.")
     ] = "drop",
-    dtype: Annotated[Dtype, option("Number format of the result.")] = "keep",
+    dtype: Dtypes = "keep",
     dry_run: Preview = False,
     force: Force = False,
     threads: Threads = 0,
