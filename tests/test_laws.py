@@ -743,6 +743,24 @@ class TestBoundedMemory:
         assert run.returncode == 0, run.stderr
         assert int(run.stdout) <= 64 * 1024
 
+    def test_shards_cost_no_memory(self, tmp_path):
+        files = [big(tmp_path / f"m{i}.safetensors", "F16", 240) for i in range(2)]
+        peaks = []
+        for shard in ("0", '"100MB"'):
+            code = MEASURE.replace('"arch": "any"', f'"arch": "any", "shard": {shard}')
+            run = subprocess.run(
+                [sys.executable, "-c", code, *map(str, files), str(tmp_path / "o.safetensors")],
+                capture_output=True,
+                text=True,
+            )
+            assert run.returncode == 0, run.stderr
+            peaks.append(int(run.stdout))
+            made = sorted(tmp_path.glob("o*.safetensors"))
+            assert len(made) == (1 if shard == "0" else 3)
+            for path in made:
+                path.unlink()
+        assert peaks[1] <= peaks[0] + 2 * 1024
+
     def test_no_growth(self, tmp_path):
         code = MEASURE.replace(
             "plymix.merge(found, out=out)\n",

@@ -287,6 +287,17 @@ def test_q8_0(tmp_path):
     assert all(again[key].data.tobytes() == found[key].data.tobytes() for key in kinds)
 
 
+@pytest.mark.parametrize(("model", "name"), [("sd1", "sd1"), ("sdxl", "sdxl"), ("chroma", "flux")])
+def test_a_gguf_says_what_it_is(tmp_path, model, name):
+    """The key that ComfyUI-GGUF refuses files without, and the names it knows."""
+    plymix.convert(tiny.write(tmp_path / "a.safetensors", model), tmp_path / "o.gguf")
+    for _ in range(2):
+        field = gguf.GGUFReader(tmp_path / "o.gguf").get_field("general.architecture")
+        assert field.contents() == name
+        plymix.convert(tmp_path / "o.gguf", tmp_path / "again.gguf", force=True)
+        (tmp_path / "again.gguf").replace(tmp_path / "o.gguf")
+
+
 def test_q8_0_of_one_component(tmp_path):
     file = tiny.write(tmp_path / "a.safetensors", "sd1")
     plymix.convert(file, tmp_path / "o.gguf", dtype="unet=q8_0")

@@ -232,6 +232,8 @@ class Plan:
             if len(shards.files) > 1:
                 (index,) = shards.others
                 return together(shards.files, shards.others, index)
+        if writer.name == "gguf" and self.arch is not None:
+            metadata = {"general.architecture": self.arch.gguf or self.arch.name, **metadata}
         layout: Layout = writer.layout(entries, metadata)
         return layout
 
