@@ -106,6 +106,8 @@ def diff(
     """
     with ExitStack() as stack:
         sources = [stack.enter_context(open_model(path)) for path in (a, b)]
+        for source in sources:
+            source.expect(source.tensors.values())
         return _difference(*_sides(*sources), threads, progress)
 
 

@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 import numpy as np
 
-from plymix import archs, kernels
+from plymix import archs, kernels, urls
 from plymix.archs import Architecture, Detection
 from plymix.archs.model import Names, shared_facts
 from plymix.engine import ProgressCallback
@@ -91,7 +91,7 @@ def check(
     """
     if dtype is not None and dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
-    name = os.path.basename(path)
+    name = urls.name(path)
     try:
         with open_model(path) as source:
             return _health(source, DTYPES[dtype] if dtype else "", progress)
@@ -104,6 +104,7 @@ def _health(source: Source, dtype: str, progress: ProgressCallback | None) -> He
     detection = paired.detection
     from plymix.known_bad import known_bad
 
+    source.expect(source.tensors.values())
     scans = _scanned(source, dtype or "F16", progress)
     buffers = _buffers(source, paired)
     vae = frozenset(

@@ -401,6 +401,7 @@ def tensors_hash(source: Source, paired: Paired) -> str:
     """
     arch = paired.detection.arch if has_places(paired.detection) else None
     buffer = memoryview(bytearray(1 << 20))
+    source.expect(source.tensors.values())
     lines = []
     alone = (*paired.unpaired, *(key for keys in paired.left_out.values() for key in keys))
     for key, info in (*paired.tensors.items(), *((key, source.tensors[key]) for key in alone)):

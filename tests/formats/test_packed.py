@@ -423,3 +423,19 @@ def raw(path, tensors, key, dtype):
         data += content
     said = json.dumps(table).encode()
     path.write_bytes(len(said).to_bytes(8, "little") + said + data)
+
+
+def test_a_result_asked_for_as_fp8_is_plain_fp8(tmp_path):
+    """No scale and no marker is left that would multiply it once more."""
+    (a, one), (b, two) = (scaled(tmp_path / f"{n}.safetensors", i) for i, n in enumerate("ab"))
+    out = tmp_path / "out.safetensors"
+    plymix.merge(a, b, out, alpha=0.5, dtype="fp8_e4m3fn")
+    found = load(out)[0]
+    assert not [k for k in found if "scale_" in k or "scaled_fp8" in k]
+    for key in (k for k in found if k.endswith("to_q.weight")):
+        assert found[key][0] == "F8_E4M3"
+        want = 0.5 * one[key] + 0.5 * two[key]
+        step = np.maximum(
+            np.exp2(np.floor(np.log2(np.maximum(np.abs(want), 2.0**-6))) - 3), 2.0**-9
+        )
+        assert (np.abs(decode(found[key][1], "F8_E4M3") - want) <= step / 2 * (1 + 1e-6)).all()

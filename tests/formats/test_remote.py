@@ -200,6 +200,11 @@ def test_no_secret_is_shown_or_kept(tmp_path, models, site, monkeypatch, capsys)
     assert run("explain", a, secret) == 0
     assert run("mbw", a, secret, "--base_alpha", "0.5", "--weights", ",".join(["0.5"] * 25)) == 0
     assert run("recipe", "show", "o.safetensors") == 0
+    assert run("check", secret) == 0
+    assert run("diff", a, secret) == 0
+    site.files["/dir/b.safetensors"] = b"damaged"
+    site.etags["/dir/b.safetensors?token=HUSH2&type=Model"] = "2"
+    assert run("check", secret) == 1
     site.files.clear()
     assert run("inspect", secret) == 2
     assert run("merge", a, secret, "-o", "q.safetensors") == 2
@@ -270,6 +275,14 @@ def test_requests_are_few_where_much_is_needed(tmp_path, large, site):
         recipe({"a": site.path, "b": large}, 0.5), out=tmp_path / "o.safetensors", threads=1
     )
     assert len(site.requests) <= 8  # for 192 blocks of 64 KiB
+
+
+def test_check_and_hashes_ask_for_much_at_a_time(large, site):
+    assert plymix.check(large).ok
+    assert len(site.requests) <= 8
+    found = plymix.inspect(large, hashes=True).hashes
+    assert found == plymix.inspect(site.path, hashes=True).hashes
+    assert fetched(site) <= 12 * MIB + 8 * remote.BLOCK
 
 
 def test_a_second_time_it_comes_from_the_cache(large, site):

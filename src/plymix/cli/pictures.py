@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from plymix import urls
 from plymix.cli import screen
 from plymix.cli.options import Folders, Force, Json, Presets, argument, option, weight
 from plymix.errors import Refusal
@@ -389,11 +390,11 @@ def blocks(
         for page in pages.values
         for column in columns.values
     ]
-    heading = f"How far each block of {Path(b).name} moves the pictures of {Path(a).name}\n{title}"
+    heading = f"How far each block of {urls.name(b)} moves the pictures of {urls.name(a)}\n{title}"
     pixels.save(mapping.heat(moved, names, heading), out, {})
     told = {
-        "a": Path(a).name,
-        "b": Path(b).name,
+        "a": urls.name(a),
+        "b": urls.name(b),
         "measures": mapping.ABOUT,
         "pictures": names,
         "settings": [c.settings for c in grid.cells if c.row == 0],
