@@ -221,8 +221,6 @@ class Plan:
                 f" names, which clash: name a folder (-o {path.stem}), or say --layout ldm"
             )
         writer = writer_for(path)
-        if writer.name == "gguf" and self.arch is not None:  # its readers ask for it
-            metadata = {"general.architecture": self.arch.gguf or self.arch.name, **metadata}
         if limit and writer.name != "safetensors":
             raise Refusal(f"shards are .safetensors files; {path.name} is none")
         if limit:
@@ -232,7 +230,7 @@ class Plan:
             if len(shards.files) > 1:
                 (index,) = shards.others
                 return together(shards.files, shards.others, index)
-        if writer.name == "gguf" and self.arch is not None:
+        if writer.name == "gguf" and self.arch is not None:  # its readers ask for it
             metadata = {"general.architecture": self.arch.gguf or self.arch.name, **metadata}
         layout: Layout = writer.layout(entries, metadata)
         return layout
