@@ -528,7 +528,7 @@ def _bad_line(what: str) -> FormatError:
 
 def overridden(own: Own) -> list[str]:
     """The names in `own` that plymix has for a preset with other numbers."""
-    names = _preset_names()
+    names = _preset_names() if own else {}
     found = {n: presets()[names[n.upper()]].values for n in own if n.upper() in names}
     return [name for name, values in found.items() if values != tuple(own[name])]
 

@@ -43,7 +43,7 @@ WRITTEN = 1 << 18
 HELD = 1 << 21
 """Elements of LoRAs' factors that a worker keeps for the chunks that follow."""
 
-ROOM = 2 << 20
+ROOM = 1 << 20
 """Bytes of all buffers together that a sum is computed in; they stay in the processor's cache."""
 
 
@@ -92,7 +92,7 @@ class Worker:
         total = self._total(tuple((o.c, o.dtype) for o in item.operands), item.dtype)
         size = BITS[item.dtype] // 8
         fits = ROOM // (size + sum(o.size for o in item.operands))
-        chunk = max(kernels.BLOCK, fits - fits % kernels.BLOCK)
+        chunk = fits - fits % kernels.BLOCK or fits
         at = item.at if self.job.target.waits and item.at % size == 0 else 0
         for start, nbytes in steps(at, item.nbytes, chunk * size):
             first, n = start // size, nbytes // size

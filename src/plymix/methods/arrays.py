@@ -12,11 +12,10 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import reduce
+from functools import cache, reduce
 from operator import add
 from typing import Any
 
-import array_api_compat.numpy
 import numpy as np
 from array_api_compat import array_namespace, device, is_numpy_array
 
@@ -38,8 +37,13 @@ LARGE = 1 << 20
 def namespace(*arrays: Array | None) -> Any:
     """The array API namespace of the arrays that are not None."""
     if all(type(x) is np.ndarray or x is None for x in arrays):
-        return array_api_compat.numpy  # asked for every few thousand elements: the short way
+        return _numpy()  # asked for every few thousand elements: the short way
     return array_namespace(*(x for x in arrays if x is not None))
+
+
+@cache
+def _numpy() -> Any:
+    return array_namespace(np.empty(0))
 
 
 def flatten(x: Array) -> Array:
