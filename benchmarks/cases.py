@@ -15,8 +15,11 @@ FILES: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
     "sd1": ("sd1", "F16", tuple(f"{x}.safetensors" for x in "abcd")),
     "ckpt": ("sd1", "F32", ("a.ckpt", "b.ckpt")),
     "sdxl": ("sdxl", "F16", ("xl-a.safetensors", "xl-b.safetensors")),
+    "loras": ("sdxl", "F16", ("xl-a.safetensors", *(f"lora-{i}.safetensors" for i in "123"))),
 }
-"""Group -> (architecture, dtype, file names)."""
+"""Group -> (architecture, dtype, file names); those of LoRAs begin with "lora-"."""
+
+LORA_RANK = 32
 
 MIB_LINEAR = 64
 MIB_LARGEST = 49408 * 768 * 4 / 2**20  # SD1.5's token embedding in float32
@@ -253,6 +256,16 @@ CASES: tuple[Case, ...] = (
         "plymix convert xl-a.safetensors out",
         "cp xl-a.safetensors out.safetensors",
         ratio=1.0,
+        mib=MIB_LINEAR,
+    ),
+    Case(
+        "bake",
+        "loras",
+        f"3 LoRAs of rank {LORA_RANK} (U-Net) into SDXL fp16",
+        "plymix lora bake xl-a.safetensors lora-1.safetensors:0.8 lora-2.safetensors:0.5"
+        " lora-3.safetensors:-0.3 -o out.safetensors",
+        cat_cp("xl-a.safetensors", *(f"lora-{i}.safetensors" for i in "123")),
+        ratio=2.0,
         mib=MIB_LINEAR,
     ),
     Case("inspect", "sdxl", "inspect a 7 GB file", "plymix inspect xl-a.safetensors", seconds=0.3),

@@ -25,8 +25,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
-from cases import FILES
-from tiny_checkpoints import NUMPY, Header, header
+from cases import FILES, LORA_RANK
+from tiny_checkpoints import NUMPY, UNET, Header, header
 
 from plymix.formats import writer_for
 from plymix.formats.base import Entry
@@ -120,7 +120,18 @@ def contents(group: str, small: bool) -> Iterable[tuple[str, Header, int]]:
     arch, dtype, names = FILES[group]
     tensors = header(arch, dtype=dtype, full_width=not small)
     for seed, name in enumerate(names):
-        yield name, tensors, seed
+        yield name, lora(tensors, dtype) if name.startswith("lora-") else tensors, seed
+
+
+def lora(model: Header, dtype: str) -> Header:
+    """A LoRA of kohya's kind for every linear layer of the U-Net's transformer blocks."""
+    found: Header = {}
+    for key, (_, shape) in model.items():
+        if ".transformer_blocks." in key and key.endswith(".weight") and len(shape) == 2:
+            name = key.removeprefix(UNET).removesuffix(".weight").replace(".", "_")
+            found[f"lora_unet_{name}.lora_up.weight"] = dtype, (shape[0], LORA_RANK)
+            found[f"lora_unet_{name}.lora_down.weight"] = dtype, (LORA_RANK, shape[1])
+    return found
 
 
 def main() -> None:

@@ -27,9 +27,10 @@ from typing import NamedTuple
 
 import pytest
 
+import loras
 import plymix
 from plymix import cli, recipe, registry, weights
-from tiny import header, state, write, write_safetensors
+from tiny import UNET, header, state, write, write_safetensors
 
 import write_docs  # isort: skip  (scripts/ is on the path since `tiny`)
 
@@ -82,6 +83,13 @@ OWN = {  # the invented architecture of guide/own-architecture.md
     "positions": ("F32", (16, 8)),
     "head.weight": ("F16", (4, 8)),
 }
+LORAS = {"ink": 1, "eyes": 2}
+CHANGED = (  # by them
+    "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q",
+    "lora_unet_output_blocks_3_1_transformer_blocks_0_attn2_to_v",
+    "lora_unet_middle_block_1_proj_in",
+    "lora_te_text_model_encoder_layers_0_mlp_fc1",
+)
 NAMED = re.compile(r"[\w-]+\.(?:safetensors|ckpt)")
 
 
@@ -103,6 +111,8 @@ def library(tmp_path_factory):
             if stem == "broken":
                 values["model.diffusion_model.out.2.weight"].reshape(-1)[0] = float("nan")
             return write_safetensors(path, made, values)
+        if stem in LORAS:
+            return lora_file(path, LORAS[stem])
         if stem in LUMEN:
             return write_safetensors(path, OWN, state(OWN, LUMEN[stem]))
         if stem not in MODELS:
@@ -113,6 +123,20 @@ def library(tmp_path_factory):
         return plymix.merge(one, path).path
 
     return give
+
+
+def lora_file(path, seed):
+    """A LoRA that changes the modules CHANGED of a small SD1 model."""
+    model, tensors = header("sd1"), {}
+    for i, module in enumerate(CHANGED):
+        part = "cond_stage_model.transformer." if module.startswith("lora_te") else UNET
+        name = module.removeprefix("lora_te_").removeprefix("lora_unet_")
+        keys = (k for k in model if k.startswith(part) and k.endswith(".weight"))
+        key = next(k for k in keys if k[len(part) : -7].replace(".", "_") == name)
+        for end, x in loras.lora(model[key][1], 10 * seed + i).tensors.items():
+            tensors[f"{module}.{end}"] = x
+    kinds = {key: ("F32", x.shape) for key, x in tensors.items()}
+    return write_safetensors(path, kinds, tensors)
 
 
 # --- running a page -----------------------------------------------------------------------------
