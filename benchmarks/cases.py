@@ -266,7 +266,7 @@ CASES: tuple[Case, ...] = (
         " lora-3.safetensors:-0.3 -o out.safetensors",
         cat_cp("xl-a.safetensors", *(f"lora-{i}.safetensors" for i in "123")),
         ratio=2.0,
-        mib=MIB_LINEAR,
+        mib=MIB_TENSOR,
     ),
     Case("inspect", "sdxl", "inspect a 7 GB file", "plymix inspect xl-a.safetensors", seconds=0.3),
     Case(

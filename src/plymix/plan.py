@@ -162,8 +162,10 @@ class Plan:
                 continue
             if chunkable(t.expr):
                 least = 96
-                for delta in deltas(t.expr):  # a LoRA's factors for it are held whole
-                    most = max(most, 4 * sum(x.info.numel for _, x in delta.factors))
+                factors = [sum(x.info.numel for _, x in d.factors) for d in deltas(t.expr)]
+                if factors:  # of LoRAs: in float32, twice over while they are joined
+                    held = min(sum(factors), max(t.numel, 1 << 21))
+                    most = max(most, 8 * max(held, *factors))
                 continue
             found = set(leaves(t.expr))
             largest = max((leaf.info.numel for leaf in found), default=t.numel)

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -417,3 +418,45 @@ def test_a_base_in_diffusers_names_gets_the_same_change(folder, tmp_path):
         np.testing.assert_allclose(got, want, rtol=1e-6, atol=2e-7)
         k = slice(out // 3, 2 * out // 3)
         assert (got[k] == made[key][k]).all()
+
+
+# --- memory
+
+
+def test_factors_that_do_not_fit_together_are_read_again(folder, monkeypatch):
+    found = recipe(folder, {"s": step(["x", "y", "z"], [0.5, 0.25, -1])})
+    at_once = tensors_of(found)
+    monkeypatch.setattr(engine.worker, "_limit", lambda term: 1)
+    apart = tensors_of(found)
+    for key in KEYS:
+        np.testing.assert_allclose(apart[key], at_once[key], rtol=1e-6, atol=1e-7)
+
+
+def test_a_large_change_is_never_whole_in_memory(folder, tmp_path):
+    """40 LoRAs on one large matrix: their factors are held, as many as fit, and no change is."""
+    h = header("sd1")
+    key = UNET + "middle_block.1.transformer_blocks.0.ff.net.0.proj.weight"
+    h[key] = ("F16", (4096, 1024))  # 16 MiB in float32
+    values = state({key: h[key]})[key]
+    everything = {k: (d, x) for (k, x), (d, _) in zip(state(h).items(), h.values(), strict=True)}
+    save(tmp_path / "base.safetensors", {**everything, key: ("F16", values)})
+    rng = np.random.default_rng(0)
+    models = {"m": str(tmp_path / "base.safetensors")}
+    for i in range(40):
+        up, down = (rng.standard_normal(s).astype("f2") for s in ((4096, 16), (16, 1024)))
+        tensors = {f"{name(key)}.lora_up.weight": ("F16", up)}
+        tensors |= {f"{name(key)}.lora_down.weight": ("F16", down)}
+        models[f"l{i}"] = str(save(tmp_path / f"l{i}.safetensors", tensors))
+    loras = list(models)[1:]
+    found = from_dict({"models": models, "steps": {"s": step(loras, 0.01, "m")}, "output": {}})
+    with plan.build(found) as planned:
+        tensor = replace(next(t for t in planned.tensors if t.name == key), offset=0)
+        target = engine.MemoryTarget(tensor.nbytes)
+        job = engine.Job(planned.sources, target)
+        engine.perform(job, [tensor], threads=1)
+        tracemalloc.start()
+        engine.perform(job, [tensor], threads=1)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    # factors in float32, twice over while they are joined, no more than the tensor has elements
+    assert peak < 2 * 4096 * 1024 * 4 + 12 * engine.worker.CHUNK * 4

@@ -79,6 +79,39 @@ def change(delta: Delta, factors: Mapping[str, Array]) -> Callable[[int, int], A
     return found
 
 
+def together(
+    terms: Sequence[tuple[float, Delta]], factors: Sequence[Mapping[str, Array]]
+) -> Callable[[int, int], Array]:
+    """As `change`, the sum of several of one tensor. Products of matrices become one product."""
+    lefts: list[Array] = []
+    rights: list[Array] = []
+    others: list[Callable[[int, int], Array]] = []
+    for (c, delta), arrays in zip(terms, factors, strict=True):
+        product = families()[delta.family].product
+        if product is not None and not delta.pieces and delta.seen == delta.shape:
+            left, right = product(**arrays)
+            lefts.append(left * (c * delta.scale))
+            rights.append(right)
+        else:
+            others.append(_times(c, change(delta, arrays)))
+    if lefts:
+        xp = namespace(*lefts)
+        left, right = xp.concat(lefts, axis=1), xp.concat(rights)
+        others.insert(0, lambda start, stop: left[start:stop, :] @ right)
+
+    def found(start: int, stop: int) -> Array:
+        total = others[0](start, stop)
+        for other in others[1:]:
+            total = total + other(start, stop)
+        return total
+
+    return found
+
+
+def _times(c: float, rows: Callable[[int, int], Array]) -> Callable[[int, int], Array]:
+    return rows if c == 1 else lambda start, stop: rows(start, stop) * c
+
+
 def change_of(delta: Delta, w: Array, factors: Mapping[str, Array]) -> Array:
     """What `delta` adds to the tensor `w` that it depends on, in its shape."""
     xp = namespace(w)
@@ -162,7 +195,7 @@ def _zeros(like: Array, shape: Sequence[int]) -> Array:
 def elements(
     delta: Delta, rows: Callable[[int, int], Array], start: int, stop: int, about: int
 ) -> Array:
-    """Elements [start, stop), in a line, of the change whose rows are `rows` (see `change`).
+    """Elements [start, stop), in a line, of a change of `delta`'s tensor whose rows are `rows`.
 
     Rows are computed in the same groups, of `about` elements, whatever is asked for.
     """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,7 +40,8 @@ WRITTEN = 1 << 18
 """Elements of a whole tensor cast and written at a time: what the file takes is still in cache."""
 
 HELD = 1 << 21
-"""Elements of LoRAs' factors that a worker keeps for the chunks that follow."""
+"""Elements of LoRAs' factors that a worker keeps for the chunks that follow; of those for a larger
+tensor, as many as it has."""
 
 ROOM = 1 << 20
 """Bytes of all buffers together that a sum is computed in; they stay in the processor's cache."""
@@ -55,7 +55,7 @@ class Worker:
         self.buffers = buffers
         self._pool = Pool()
         self._sums: dict[Any, kernels.Sum] = {}
-        self._changes: dict[Delta, Callable[[int, int], Any]] = {}
+        self._changes: dict[Any, Callable[[int, int], Any]] = {}
         self._held = 0  # elements of the factors in `_changes`
 
     def run(self, item: SumItem | ChunkItem | WholeItem) -> None:
@@ -208,32 +208,45 @@ class Worker:
             return gpu.to_device(array, self.job.device)
         return array
 
+    def _sum_of_arrays(self, expr: Sum, part: tuple[int, int] | None) -> Any:
+        added = [(c, x) for c, x in expr.terms if isinstance(x, Delta) and x.of is None]
+        others = [(c, x) for c, x in expr.terms if not (isinstance(x, Delta) and x.of is None)]
+        arrays = [self.evaluate(term, part) for _, term in others]
+        coefficients = [c for c, _ in others]
+        for group in _held_together(added):
+            arrays.append(self._added(group, part))
+            coefficients.append(1.0)
+        if coefficients == [1.0, 1.0] and added:
+            return arrays[0] + arrays[1]  # rounds once, too
+        return weighted(arrays, coefficients)
+
     def _delta(self, delta: Delta, part: tuple[int, int] | None) -> Any:
-        if delta.of is not None:
-            factors = {name: self.evaluate(leaf) for name, leaf in delta.factors}
-            return placing.change_of(delta, self.evaluate(delta.of), factors)
+        if delta.of is None:
+            return self._added(((1.0, delta),), part)
+        factors = {name: self.evaluate(leaf) for name, leaf in delta.factors}
+        return placing.change_of(delta, self.evaluate(delta.of), factors)
+
+    def _added(self, terms: tuple[tuple[float, Delta], ...], part: tuple[int, int] | None) -> Any:
+        """The sum of what LoRAs add to one tensor, in float32."""
+        delta = terms[0][1]
         start, stop = delta.span or (0, math.prod(delta.shape))
         if part is not None:
             start, stop = start + part[0], start + sum(part)
-        found = placing.elements(delta, self._rows(delta), start, stop, CHUNK)
+        found = placing.elements(delta, self._rows(terms), start, stop, CHUNK)
         return found if part else found.reshape(delta.shape)
 
-    def _rows(self, delta: Delta) -> Callable[[int, int], Any]:
-        """The rows of a change; its factors stay in memory for the chunks that follow."""
-        delta = replace(delta, span=None)
-        if delta not in self._changes:
-            size = sum(leaf.info.numel for _, leaf in delta.factors)
-            if self._held + size > HELD:
+    def _rows(self, terms: tuple[tuple[float, Delta], ...]) -> Callable[[int, int], Any]:
+        """The rows of a sum of changes; its factors stay in memory for the chunks that follow."""
+        key = tuple((c, x.factors) for c, x in terms)
+        if key not in self._changes:
+            size = sum(map(_factors, terms))
+            if self._held + size > _limit(terms[0]):
                 self._changes.clear()
                 self._held = 0
-            factors = {name: self.evaluate(leaf) for name, leaf in delta.factors}
-            self._changes[delta] = placing.change(delta, factors)
+            factors = [{n: self.evaluate(leaf) for n, leaf in x.factors} for _, x in terms]
+            self._changes[key] = placing.together(terms, factors)
             self._held += size
-        return self._changes[delta]
-
-    def _sum_of_arrays(self, expr: Sum, part: tuple[int, int] | None) -> Any:
-        arrays = [self.evaluate(term, part) for _, term in expr.terms]
-        return weighted(arrays, [c for c, _ in expr.terms])
+        return self._changes[key]
 
     def _call(self, call: Call, args: list[Any]) -> Any:
         method = get_method(call.method)
@@ -246,6 +259,29 @@ class Worker:
             params["state"] = self.job.state[call.step]
         with self._pool.serving():
             return method.function(*positional(method, args, call.models), **params)
+
+
+def _factors(term: tuple[float, Delta]) -> int:
+    """How many elements the factors of a change have."""
+    return sum(leaf.info.numel for _, leaf in term[1].factors)
+
+
+def _limit(term: tuple[float, Delta]) -> int:
+    return max(HELD, math.prod(term[1].shape))
+
+
+def _held_together(
+    terms: Sequence[tuple[float, Delta]],
+) -> Iterator[tuple[tuple[float, Delta], ...]]:
+    """Changes of one tensor in groups whose factors are in memory at a time, or of one."""
+    group: list[tuple[float, Delta]] = []
+    for term in terms:
+        if group and sum(map(_factors, (*group, term))) > _limit(term):
+            yield tuple(group)
+            group = []
+        group.append(term)
+    if group:
+        yield tuple(group)
 
 
 def _widen(data: Any, dtype: str, out: Any) -> None:

@@ -38,7 +38,8 @@ class Family:
     factor x of a change of the module's bias. From the factors' shapes `holds` tells whether they
     are complete and of this family, `size` the changed weight's size, and `rank` the family's rank,
     which is 0 where alpha does not scale the change (`alpha / rank`). `numbers` are the factors of
-    one element that `function` takes as Python numbers.
+    one element that `function` takes as Python numbers. `product` gives the two matrices that the
+    change is the product of, for a family where it is: several such changes are one product.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Family:
     rank: Callable[[Shapes], int]
     on_weight: bool = False
     numbers: tuple[str, ...] = ()
+    product: Callable[..., tuple[Array, Array]] | None = None
 
 
 _MODULES = ("lora", "loha", "lokr", "glora", "oft", "ia3", "full")

@@ -15,8 +15,13 @@ def lora(up: Array, down: Array, mid: Array | None = None) -> Rows:
 
     Source: LoRA, arXiv:2106.09685; LoCon and its Tucker (CP) form, LyCORIS, arXiv:2309.14859.
     """
-    left, right = as_rows(up), as_rows(down) if mid is None else core(mid, down)
+    left, right = product(up, down, mid)
     return lambda rows: left[rows, :] @ right
+
+
+def product(up: Array, down: Array, mid: Array | None = None) -> tuple[Array, Array]:
+    """The matrices (out, r) and (r, (i, h, w)) whose product the change is."""
+    return as_rows(up), as_rows(down) if mid is None else core(mid, down)
 
 
 def core(mid: Array, down: Array) -> Array:
@@ -60,5 +65,6 @@ FAMILIES = (
         function=lora,
         size=size,
         rank=lambda shapes: shapes["down"][0],
+        product=product,
     ),
 )
