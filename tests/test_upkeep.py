@@ -190,6 +190,28 @@ def test_a_merge_takes_an_extracted_component(
     assert got != plain
 
 
+@pytest.mark.parametrize("arch", ["z-image", "lumina2", "qwen-image"])
+def test_a_text_encoder_of_any_name(tmp_path, arch):
+    """ComfyUI's all-in-one files: `text_encoders.`, a name, `transformer.`, and its own names."""
+    start = "text_encoders.qwen3_4b.transformer."
+
+    def whole(name, seed):
+        header = {UNET + k: v for k, v in tiny.header(arch, bare=True).items()}
+        key = start + "model.layers.{}.self_attn.q_proj.weight"
+        header |= {key.format(i): ("F16", (4, 4)) for i in (0, 1)}
+        return tiny.write_safetensors(tmp_path / name, header, tiny.state(header, seed))
+
+    a, donor = whole("a.safetensors", 1), whole("d.safetensors", 2)
+    part = tmp_path / "te.safetensors"
+    plymix.extract(donor, "text_encoder", part)
+    theirs = contents(donor)[0]
+    own = {k: v for k, v in theirs.items() if k.startswith(start)}
+    assert contents(part)[0] == {k.removeprefix(start): v for k, v in own.items()}
+    plymix.merge(a, a, tmp_path / "o.safetensors", text_encoder=part)
+    got = contents(tmp_path / "o.safetensors")[0]
+    assert got == contents(a)[0] | own
+
+
 @pytest.mark.parametrize("component", ["text_encoder", "text_encoder_2", "vae", "unet"])
 def test_a_component_in_diffusers_names(model, tmp_path, component):
     a, b = model("sdxl", 1), model("sdxl", 2)

@@ -21,7 +21,7 @@ import msgspec
 from plymix import archs, pairing, respelling, urls, weights
 from plymix.archs import Architecture, Detection, Place
 from plymix.archs.dialects import checkpoint_name, shape_of
-from plymix.archs.model import shared_facts
+from plymix.archs.model import ANY_ENCODER, shared_facts
 from plymix.archs.views import CLASSIC, View, view
 from plymix.errors import Refusal, listed, unknown
 from plymix.expr import (
@@ -728,7 +728,15 @@ class _Planner:
         """What may stand before the keys of a file of `components` alone; nothing for a model."""
         assert self.arch is not None
         model = paired.detection.arch is not None and not paired.dialect
-        return [] if model else [home for name in components for home in self.arch.homes(name)]
+        homes = [] if model else [home for name in components for home in self.arch.homes(name)]
+        if any(home.startswith(ANY_ENCODER) for home in homes):  # whose names the base tells
+            owners = dict.fromkeys(
+                key.split(".")[1] for key in self.base.places if key.startswith(ANY_ENCODER)
+            )
+            homes += (
+                f"{ANY_ENCODER}{name}.{w}" for name in owners for w in shared_facts().wrappers
+            )
+        return homes
 
     def _part_place(
         self, key: str, components: Sequence[str], homes: Sequence[str]

@@ -16,6 +16,9 @@ from plymix.errors import unknown
 _HERE = Path(__file__).parent
 T = TypeVar("T")
 
+ANY_ENCODER = "text_encoders."
+"""The prefix of text encoders that have no fixed name: their own name follows it."""
+
 KNOWN_PLACES = 20_000
 """How many places an architecture remembers."""
 
@@ -192,8 +195,9 @@ class Architecture(Family, frozen=True, kw_only=True, forbid_unknown_fields=True
         prefix = component.prefixes[0] if component.prefixes else shared_facts().prefixes[0]
         name = key.removeprefix(prefix)
         if component.name.startswith("text_encoder"):
-            wrappers = (w for w in shared_facts().wrappers if name.startswith(w))
-            name = name.removeprefix(next(wrappers, ""))
+            stem = "" if prefix != ANY_ENCODER else name.partition(".")[0] + "."
+            starts = (stem + w for w in shared_facts().wrappers)
+            name = name.removeprefix(next(filter(name.startswith, starts), ""))
         return name
 
     def place(self, key: str) -> Place | None:
