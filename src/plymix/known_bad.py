@@ -43,7 +43,7 @@ def _lacking(source: Source, paired: Paired, arch: Architecture) -> Iterator[Fin
     lost = []
     for key in missing(arch, {place.key for place in places}):
         place = arch.place(key)
-        if place and (place.component, place.block) in there and not paired.lacks(key):
+        if place and (place.component, place.block) in there:
             lost.append(key)
     if lost:
         text = (
