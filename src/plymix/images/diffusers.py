@@ -21,7 +21,7 @@ from plymix.expr import Tensor
 from plymix.images import samplers
 from plymix.images.base import Options, Picture, Settings, Tick, need
 from plymix.images.live import COMPONENTS, Live, hints, parts
-from plymix.images.resident import Resident, lined_up
+from plymix.images.resident import Line, Resident, lined_up
 from plymix.images.tokens import END, START, WINDOW, windows
 from plymix.plan import Plan
 
@@ -70,6 +70,7 @@ class Diffusers:
         self.resident = not on_cpu
         self._modules: dict[str, Any] = {}
         self._params: dict[str, Any] = {}
+        self._lines: list[Line] = []
         self._built: Any = None
         self._live: Live | Resident = Live(self._put)
 
@@ -90,48 +91,48 @@ class Diffusers:
     def _build(
         self, arch: str, found: Mapping[str, Sequence[Tensor]], known: Mapping[str, Any]
     ) -> None:
+        import torch
+
         self.close()
-        self._modules = {}
-        self._params = {}
         pooled = [t.shape[0] for t in found.get("text_encoder_2", ()) if "projection" in t.name]
         for name, tensors in found.items():
             shapes = {t.name.partition("/")[2]: t.shape for t in tensors}
             said = {**known.get(name, {}), "pooled_width": sum(pooled)}
             module = self._module(name, arch, shapes, said)
-            self._modules[name] = module
-            self._params.update({f"{name}/{key}": p for key, p in module.named_parameters()})
-            own = {_bare(key): f"{name}/{key}" for key, _ in module.named_parameters()}
-            for tensor in tensors:  # transformers 4 and 5 differ in a prefix
-                if tensor.name not in self._params:
-                    key = own.get(_bare(tensor.name.partition("/")[2]))
-                    if key is not None:
-                        self._params[tensor.name] = self._params.pop(key)
-            _complete(name, tensors, self._params)
+            # transformers 4 and 5 differ in a prefix
+            own = {_bare(key): key for key, _ in module.named_parameters()}
+            _complete(
+                name, shapes, {k: tuple(module.get_parameter(v).shape) for k, v in own.items()}
+            )
+            names = {own[_bare(key)]: f"{name}/{key}" for key in shapes}
+            # The VAE of SDXL leaves the range of fp16; in fp32 it costs little.
+            dtype = torch.float32 if name == "vae" else self.dtype
+            line = lined_up(module, names, dtype, self.device)
+            self._lines.append(line)
+            self._params.update({n: module.get_parameter(key) for key, n in names.items()})
+            self._modules[name] = module.eval()
         self.arch = arch
 
     def _module(self, name: str, arch: str, shapes: Shapes, known: Mapping[str, Any]) -> Any:
-        """A network on the device whose parameters have no values yet."""
+        """A network whose parameters are nowhere yet."""
         import torch
 
         kind, config = CONFIGS[name](arch, shapes, known)
-        # The VAE of SDXL leaves the range of fp16; in fp32 it costs little.
-        dtype = torch.float32 if name == "vae" else self.dtype
         with torch.device("meta"):
             module = kind(config)
-        torch.nn.Module.to(module, dtype=dtype)  # diffusers' own warns of weights there are none of
-        module.to_empty(device=self.device)
-        for key, buffer in module.named_buffers():
+        for key, buffer in list(module.named_buffers()):
             if not key.endswith("position_ids"):
                 raise AssertionError(f"{key}: a buffer that no file has")
-            buffer.copy_(torch.arange(buffer.numel()).reshape(buffer.shape))
-        return module.eval().requires_grad_(False)
+            owner, _, leaf = key.rpartition(".")
+            numbers = torch.arange(buffer.numel(), device=self.device).reshape(buffer.shape)
+            module.get_submodule(owner).register_buffer(leaf, numbers, persistent=False)
+        return module
 
     def _keeper(self) -> Live | Resident:
         """On a GPU the models that are merged stay in its memory, where there is room."""
         if not self.resident:
             return Live(self._put)
-        names = {id(p): name for name, p in self._params.items()}
-        return Resident(self._put, lined_up(self._modules, names), self.device)
+        return Resident(self._put, self._lines, self.device)
 
     def _put(self, tensor: Tensor, data: memoryview) -> None:
         import torch
@@ -149,7 +150,8 @@ class Diffusers:
         return float(self._params[V_TELLS].float().std(unbiased=False)) > V_SPREAD
 
     def close(self) -> None:
-        self._modules, self._params, self._built = {}, {}, None
+        self._modules, self._params, self._lines, self._built = {}, {}, [], None
+        self._live = Live(self._put)
         if self.device != "cpu":
             import torch
 
@@ -386,16 +388,16 @@ def _bare(key: str) -> str:
     return key.removeprefix("text_model.")
 
 
-def _complete(name: str, tensors: Sequence[Tensor], params: Mapping[str, Any]) -> None:
+def _complete(name: str, shapes: Shapes, wanted: Shapes) -> None:
     """Refuse a component whose tensors are not exactly those that its network has."""
-    made = {t.name: t.shape for t in tensors}
-    wanted = {key: tuple(p.shape) for key, p in params.items() if key.startswith(f"{name}/")}
-    for key, shape in wanted.items():
-        found = made.get(key)
-        if found is None or (found != shape and _ones(found) != _ones(shape)):
+    made = {_bare(key): shape for key, shape in shapes.items()}
+    for key in {**wanted, **made}:
+        there, right = made.get(key), wanted.get(key)
+        if there is None or right is None or _ones(there) != _ones(right):
+            told = [str(list(shape)) if shape else "missing" for shape in (there, right)]
             raise Refusal(
-                f"the {name.replace('_', ' ')} cannot be built: {key.partition('/')[2]} is"
-                f" {list(found) if found else 'missing'}, a network of this kind has {list(shape)}"
+                f"the {name.replace('_', ' ')} cannot be built: {key} is {told[0]}; in a network of"
+                f" this kind it is {told[1]}"
             )
 
 

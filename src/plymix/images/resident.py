@@ -10,7 +10,7 @@ The bytes are those of `kernels.Sum`, as on the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -137,24 +137,24 @@ class Resident:
             line.values[part].copy_(total(inputs))
 
 
-def lined_up(modules: dict[str, Any], names: dict[int, str]) -> list[Line]:
-    """Put each network's parameters into a line of their own, in their order.
+def lined_up(module: Any, names: Mapping[str, str], dtype: Any, device: str) -> Line:
+    """Give a network's parameters, which are nowhere yet, room in one line on `device`.
 
-    `names` tells each parameter's name by its `id`.
+    `names` are plymix's names of its parameters. Their values are undefined.
     """
     import torch
 
-    lines = []
-    for module in modules.values():
-        own = [p for p in module.parameters() if id(p) in names]
-        values = torch.empty(sum(p.numel() for p in own), dtype=own[0].dtype, device=own[0].device)
-        at, starts = 0, {}
-        for p in own:
-            starts[names[id(p)]] = at
-            p.data = values[at : at + p.numel()].view(p.shape)
-            at += p.numel()
-        lines.append(Line(values, starts))
-    return lines
+    total = sum(module.get_parameter(key).numel() for key in names)
+    values = torch.empty(total, dtype=dtype, device=device)
+    at, starts = 0, {}
+    for key, name in names.items():
+        shape = module.get_parameter(key).shape
+        starts[name] = at
+        view = values[at : at + shape.numel()].view(shape)
+        owner, _, leaf = key.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, torch.nn.Parameter(view, requires_grad=False))
+        at += shape.numel()
+    return Line(values, starts)
 
 
 def room(device: str) -> int:
