@@ -29,7 +29,6 @@ ASIS = ("A", "B")
 """Rows that are one of the models, and no merge."""
 
 _BLOCKS = re.compile(r"[A-Z][A-Z]*[0-9]*(?![a-z_])")
-_SWITCHES = ("union", "trim", "allow_mixed_prediction")
 
 
 @dataclass(frozen=True)
@@ -104,20 +103,21 @@ def _of_two(weight: str, said: Mapping[str, str], blocks: Sequence[str], models:
     for key, value in said.items():
         if key not in known or key in ("a", "b", "presets"):
             raise unknown("word in a row", key, [k for k in known if k not in ("a", "b")])
-        options[key] = _typed(key, value)
+        options[key] = _typed(key, value, known[key].default)
     return api.two_models(models.a, models.b, **options)
 
 
-def _typed(key: str, value: str) -> Any:
-    if key == "base":
-        try:
-            return float(value)
-        except ValueError:
-            raise Refusal(f"base={value} is not a number") from None
-    if key in _SWITCHES:
+def _typed(key: str, value: str, default: Any) -> Any:
+    """A word's value in the type that `two_models` takes."""
+    if isinstance(default, bool):
         if value not in ("true", "false"):
             raise Refusal(f"{key}={value} is not true or false")
         return value == "true"
+    if key == "base" or type(default) is int:
+        try:
+            return float(value) if key == "base" else int(value)
+        except ValueError:
+            raise Refusal(f"{key}={value} is not a number") from None
     return value
 
 
