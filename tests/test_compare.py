@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 import plymix
+from loras import lora
 from plymix import api, cli, plan, recipe
 from plymix.errors import Cancelled, Refusal
 from plymix.images import Options, Settings, compare, grid, open_backend, rows
-from tiny import write
+from small import save
+from tiny import header, write
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -231,6 +233,34 @@ def test_any_two_axes_and_pages(pair):
     at = {(c["page"], c["row"], c["column"]): c for c in told["cells"]}
     assert at[2, 1, 3]["settings"]["seed"] == 2
     assert told["recipes"][at[2, 1, 3]["recipe"]]["steps"]["merge"]["rules"] == ["IN05::1"]
+
+
+def test_the_strength_of_a_lora_is_an_axis(pair, tmp_path):
+    key = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
+    module = "lora_unet_" + key.removeprefix("model.diffusion_model.").removesuffix(".weight")
+    change = lora(header("sd1")[key][1], 1)
+    path = tmp_path / "style.safetensors"
+    name = module.replace(".", "_")
+    save(path, {f"{name}.{end}": ("F32", x) for end, x in change.tensors.items()})
+    (tmp_path / "r.toml").write_text(
+        f"""
+        [models]
+        a = {json.dumps(pair[0])}
+        style = {json.dumps(str(path))}
+        [steps.drawn]
+        method = "lora"
+        model = "a"
+        loras = ["style"]
+        strength = 1.0
+        """
+    )
+    run("--from", "r.toml", "--x", "steps.drawn.strength=0,0.5,1", "-o", "s.png")
+    run(*pair, "--each", "A", "-o", "a.png")
+    found = [c["pixels"] for c in side()["cells"]]
+    assert len(set(found)) == 3
+    assert found[0] == side("a.json")["cells"][0]["pixels"]
+    run("--redo", "s.json", "--cell", "1,2", "-o", "again.png")
+    assert np.array_equal(pixels("again.png"), pixels(side()["cells"][1]["file"]))
 
 
 def test_equal_cells_are_drawn_once(pair, capsys):
