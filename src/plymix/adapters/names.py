@@ -95,7 +95,7 @@ class Names:
 def component(arch: Architecture, module: Module) -> str:
     """The component that a module's name says it is for, told from its start; "" if it does not."""
     name = plain(module.name)
-    for number, kind in enumerate(_text_encoders(arch), 1):
+    for number, kind in enumerate(text_encoders(arch), 1):
         if name.startswith(tuple(map(plain, _starts(arch, kind, number)))):
             return kind
     starts = [plain(start) for start in spellings().denoiser if start]
@@ -110,7 +110,7 @@ def _denoiser(arch: Architecture, shapes: Shapes) -> Named:
     prefix = shared_facts().prefixes[0]
     own = {key[len(prefix) :]: key for key in shapes if key.startswith(prefix)}
     targets = {plain(name): Target(key, shapes[key]) for name, key in own.items()}
-    for name, target in _dialect(arch, arch.denoiser.name, shapes):
+    for name, target in dialect(arch, arch.denoiser.name, shapes):
         for spelt in _also(name):
             targets.setdefault(plain(spelt), target)
     for theirs, ours in spellings().modules.get(arch.name, {}).items():
@@ -119,7 +119,7 @@ def _denoiser(arch: Architecture, shapes: Shapes) -> Named:
 
 
 def _encoders(arch: Architecture, shapes: Shapes) -> Iterator[Named]:
-    for number, kind in enumerate(_text_encoders(arch), 1):
+    for number, kind in enumerate(text_encoders(arch), 1):
         prefix = next(c.prefixes[0] for c in arch.components if c.name == kind)
         targets: dict[str, Target] = {}
         for key, shape in shapes.items():
@@ -127,13 +127,13 @@ def _encoders(arch: Architecture, shapes: Shapes) -> Iterator[Named]:
                 rest = key[len(prefix) :].partition("transformer.")[2] or key[len(prefix) :]
                 for name in (rest, rest.removeprefix("model.")):
                     targets.setdefault(plain(name), Target(key, shape))
-        for name, target in _dialect(arch, kind, shapes):
+        for name, target in dialect(arch, kind, shapes):
             for spelt in (name, name.removeprefix("text_model.")):
                 targets[plain(spelt)] = target
         yield _starts(arch, kind, number), targets
 
 
-def _text_encoders(arch: Architecture) -> list[str]:
+def text_encoders(arch: Architecture) -> list[str]:
     return [c.name for c in arch.components if c.name.startswith("text_encoder")]
 
 
@@ -145,7 +145,7 @@ def _starts(arch: Architecture, kind: str, number: int) -> tuple[str, ...]:
     return (*known.text_encoders.get(number, ()), *(start for found in special for start in found))
 
 
-def _dialect(arch: Architecture, kind: str, shapes: Shapes) -> Iterator[tuple[str, Target]]:
+def dialect(arch: Architecture, kind: str, shapes: Shapes) -> Iterator[tuple[str, Target]]:
     """The tensors of a component by the names that diffusers or transformers give them."""
     start = next(
         (c.prefixes[0] for c in arch.components if c.name == kind and c.prefixes),
