@@ -130,8 +130,8 @@ def extract(
 ) -> None:
     """Write the LoRA that makes one model of another.
 
-    It comes as near as its size allows: --rank, --energy or --size. What is lost is shown by block. Text encoders
-    and convolutions are in it. One tensor is in memory for each thread.
+    It comes as near as its size allows: --rank, --energy or --size. What is lost is shown by block.
+    Text encoders and convolutions are in it. One tensor is in memory for each thread.
     """
     from plymix import loras as making
 
@@ -162,8 +162,8 @@ def resize(
 ) -> None:
     """Write a LoRA with other ranks.
 
-    Its strength stays what it was. --rank is for all modules; with --energy and --size each gets what it needs. What is lost is
-    shown by block. LoHa, LoKr and whole differences become LoRAs.
+    Its strength stays what it was. --rank is for all modules; with --energy and --size each gets
+    what it needs. What is lost is shown by block. LoHa, LoKr and whole differences become LoRAs.
     """
     from plymix import loras as making
 
