@@ -444,14 +444,14 @@ class Linear:
         return Linear({e: c / float(divisor) for e, c in self.terms.items()})
 
 
-def apply(method: Method, args: tuple[Expr, ...], params: Mapping[str, Any], call: Call) -> Expr:
-    """`method` on `args`: folded when it is linear, else `call`, which holds the same arguments."""
-    if method.kind != "linear":
-        return call
-    given = call.params
-    if "key" in method.given:
-        given = tuple({**params, "key": call.key}.items())
-    factors = _factors(method.function, _left_out(method, call.models), len(args), given)
+def folded(
+    method: Method,
+    args: Sequence[Expr],
+    params: tuple[tuple[str, Any], ...],
+    models: tuple[int, ...],
+) -> Expr:
+    """A linear `method` on `args` as one sum. The rest is as in a `Call`."""
+    factors = _factors(method.function, _left_out(method, models), len(args), params)
     total: dict[Expr, float] = {}
     for arg, factor in zip(args, factors, strict=True):
         for c, term in arg.terms if isinstance(arg, Sum) else ((1.0, arg),):

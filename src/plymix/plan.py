@@ -34,10 +34,10 @@ from plymix.expr import (
     Patch,
     Sum,
     Tensor,
-    apply,
     changed,
     chunkable,
     deltas,
+    folded,
     leaf_terms,
     leaves,
     narrow,
@@ -1576,6 +1576,7 @@ class _Settings:
         self.notes: list[str] = []
         self.fixed: dict[str, Any] = {}
         self._tried: set[Any] = set()
+        self._known: dict[Any, tuple[tuple[str, Any], ...]] = {}
         self.ruled = next((p.name for p in self.method.params if p.type is float), "")
         if self.rules and not self.ruled and not self.method.adapters:
             raise Refusal(f"{self.where}: {step.method} has no weight that rules could set")
@@ -1657,7 +1658,7 @@ class _Settings:
     def _try(self, params: dict[str, Any], models: tuple[int, ...]) -> None:
         """Let the method refuse its settings now, on one element, not in the middle of the work."""
         tried = (models, tuple(sorted(params.items())))
-        if tried in self._tried or self.method.kind in ("linear", "cross", "group"):
+        if tried in self._tried or self.method.kind in ("cross", "group"):
             return
         self._tried.add(tried)
         import numpy as np
@@ -1672,18 +1673,32 @@ class _Settings:
             raise Refusal(f"{self.where} ({self.method.name}): {e}") from None
 
     def apply(self, key: str, place: Place, args: Sequence[Expr], models: tuple[int, ...]) -> Expr:
-        params = self.params(place, key, models)
-        self._try(params, models)
-        call = Call(
+        params = self._params_at(place, key, models)
+        if self.method.kind == "linear":
+            if "key" in self.method.given:
+                params = (*params, ("key", key))
+            return folded(self.method, args, params, models)
+        self._try(dict(params), models)
+        return Call(
             step=self.name,
             method=self.method.name,
             args=tuple(args),
-            params=tuple(sorted(params.items())),
+            params=params,
             key=key,
             seed=self.step.seed,
             models=models,
         )
-        return apply(self.method, tuple(args), params, call)
+
+    def _params_at(
+        self, place: Place, key: str, models: tuple[int, ...]
+    ) -> tuple[tuple[str, Any], ...]:
+        """`params` in order of their names; the same for a whole block where there are no rules."""
+        if self.rules:
+            return tuple(sorted(self.params(place, key, models).items()))
+        at = (place.block, place.part, models)
+        if at not in self._known:
+            self._known[at] = tuple(sorted(self.params(place, key, models).items()))
+        return self._known[at]
 
 
 class _AdapterSettings(_Settings):

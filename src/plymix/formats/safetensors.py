@@ -7,6 +7,7 @@ library in one point: a key that occurs twice is refused, as the format text dem
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -94,33 +95,38 @@ def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+_FIELDS = frozenset({"dtype", "shape", "data_offsets"})
+
+
 @lru_cache(maxsize=4096)
 def _shared(shape: tuple[int, ...]) -> tuple[int, ...]:
     """`shape`, one and the same object for equal ones: many inputs have thousands of them."""
     return shape
 
 
-def _natural(value: object) -> bool:
-    return type(value) is int and value >= 0
+def _natural(values: list[object]) -> bool:
+    """Whether all are whole numbers from 0 on."""
+    return not any(type(v) is not int or v < 0 for v in values)
 
 
 def _entry(key: str, entry: Any, start: int, bad: Any) -> tuple[TensorInfo, int]:
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or entry.keys() != _FIELDS:
         raise bad(f"entry {key!r} is not dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
         raise bad(f"tensor {key!r} has the unknown dtype {dtype!r}")
-    if not isinstance(shape, list) or len(shape) > MAX_RANK or not all(map(_natural, shape)):
+    if not isinstance(shape, list) or len(shape) > MAX_RANK or not _natural(shape):
         raise bad(f"tensor {key!r} has the shape {str(shape)[:80]}")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_natural, offsets)):
+    if not isinstance(offsets, list) or len(offsets) != 2 or not _natural(offsets):
         raise bad(f"tensor {key!r} has the offsets {str(offsets)[:80]}")
-    info = TensorInfo(key, sys.intern(dtype), _shared(tuple(shape)), start + offsets[0])
-    if info.numel * BITS[dtype] % 8 or offsets[1] - offsets[0] != info.nbytes:
+    begin, end = offsets
+    nbytes, rest = divmod(math.prod(shape) * BITS[dtype], 8)
+    if rest or end - begin != nbytes:
         raise bad(
-            f"tensor {key!r} ({dtype} {shape}) needs {info.nbytes:,} bytes"
-            f" and has {offsets[1] - offsets[0]:,}"
+            f"tensor {key!r} ({dtype} {shape}) needs {nbytes + bool(rest):,} bytes"
+            f" and has {end - begin:,}"
         )
-    return info, start + offsets[1]
+    return TensorInfo(key, sys.intern(dtype), _shared(tuple(shape)), start + begin), start + end
 
 
 def layout(entries: Sequence[Entry], metadata: Mapping[str, str]) -> Layout:
