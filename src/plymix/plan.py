@@ -1518,7 +1518,7 @@ def _require_model(i: Input, base: Input) -> None:
         return
     advice = {
         "vae": f"to put it into a model, say --vae {i.label}",
-        "lora": "plymix merges whole models; a LoRA has to be baked into one first",
+        "lora": "to add it to a model: plymix lora bake MODEL LORA -o OUT",
         "text_encoder": 'to put it into a model, use text_encoder = "..." in a recipe\'s [output]',
     }.get(detection.kind, "plymix archs lists what can be merged; --arch any merges key by key")
     beside = "" if i is base else f" and {base.label} is {base.detection.title}"

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 import plymix
 import plymix.replay
-from loras import dora, loha, lokr, lora, oft
+from loras import LINEAR, dora, loha, lokr, lora, oft
 from plymix import Refusal, archs, engine, plan
 from plymix.adapters import strengths
 from plymix.expr import leaves
+from plymix.formats import Entry, writer_for
 from plymix.recipe import from_dict
 from small import deviation, load, real, save
 from tiny import header, state, write
@@ -357,6 +358,72 @@ def test_an_inpainting_model_takes_the_loras_of_plain_ones(folder, tmp_path):
     before = values(tmp_path / "inpaint.safetensors")[IN]
     np.testing.assert_allclose(got[:, :4], before[:, :4] + change.delta(None), rtol=1e-6, atol=2e-7)
     assert (got[:, 4:] == before[:, 4:]).all()
+
+
+def test_pefts_configuration_beside_a_file_is_told(folder, tmp_path):
+    change = lora(HEADER[Q][1], alpha=None)
+    file = lora_file(tmp_path / "adapter_model.safetensors", {Q: change})
+    models = {"a": str(folder / "a.safetensors"), "l": str(file)}
+    found = from_dict({"models": models, "steps": {"s": step(["l"])}, "output": {}})
+    with plan.build(found) as planned:
+        assert not any("alpha" in note for note in planned.notes)
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 32, "r": 16}')
+    with plan.build(found) as planned:
+        assert any("multiply its strength by 2" in note for note in planned.notes)
+
+
+def test_a_lora_in_a_checkpoint_file(folder, tmp_path):
+    """Saved by torch: plymix's own writer of that format makes it."""
+    change = lora(HEADER[Q][1])
+    tensors = {f"{name(Q)}.{end}": x for end, x in change.tensors.items()}
+    path = tmp_path / "l.pt"
+    entries = [Entry(key, "F32", x.shape) for key, x in tensors.items()]
+    layout = writer_for(path).layout(entries, {})
+    data = bytearray(layout.size)
+    for at, piece in layout.pieces:
+        data[at : at + len(piece)] = piece
+    for key, x in tensors.items():
+        raw = np.asarray(x, "<f4").tobytes()
+        data[layout.offsets[key] : layout.offsets[key] + len(raw)] = raw
+    path.write_bytes(data)
+    models = {"a": str(folder / "a.safetensors"), "l": str(path)}
+    got = tensors_of(from_dict({"models": models, "steps": {"s": step(["l"], 0.5)}, "output": {}}))
+    a = values(folder / "a.safetensors")
+    np.testing.assert_allclose(got[Q], a[Q] + 0.5 * change.delta(None), rtol=1e-6, atol=2e-7)
+
+
+# Spellings of the module that changes Q; those of every family have the same ends.
+SPELT = (
+    "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q",
+    "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q",
+    "lycoris_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q",
+    "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
+    "base_model.model.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
+    "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q",
+)
+
+
+@pytest.mark.parametrize("family", LINEAR)
+def test_every_family_in_every_spelling_is_the_same_bytes(family, folder, tmp_path):
+    change = LINEAR[family](HEADER[Q][1], 5)
+    kinds = {"f": "F32", "i": "I64"}
+    results = set()
+    for i, spelt in enumerate(SPELT):
+        file = save(
+            tmp_path / f"{i}.safetensors",
+            {
+                f"{spelt}.{end}": (kinds[np.asarray(x).dtype.kind], x)
+                for end, x in change.tensors.items()
+            },
+        )
+        models = {"a": str(folder / "a.safetensors"), "l": str(file)}
+        found = from_dict({"models": models, "steps": {"s": step(["l"], 0.7)}, "output": {}})
+        with plan.build(found) as planned:
+            results.add(planned_tensor(planned, Q).tobytes())
+    assert len(results) == 1
+    before = values(folder / "a.safetensors")[Q]
+    got = np.frombuffer(results.pop(), "<f4").reshape(before.shape)
+    np.testing.assert_allclose(got, before + 0.7 * change.delta(before), rtol=1e-5, atol=1e-6)
 
 
 # --- as part of recipes

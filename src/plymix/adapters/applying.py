@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -89,7 +90,7 @@ def apply_to(source: Source, index: int, model: Model) -> Applied:
     theirs = adapter.detection.arch
     if not at or (lost and theirs not in (None, model.arch)):
         raise _nothing(adapter, model, [m.name for m in lost])
-    notes = []
+    notes = list(_said_beside(adapter))
     if lost:
         notes.append(
             f"{name}: {len(lost)} of {len(adapter.modules)} modules match nothing in"
@@ -108,6 +109,29 @@ def apply_to(source: Source, index: int, model: Model) -> Applied:
         unmatched=(*(key for module in lost for key in module.keys), *unknown),
         notes=tuple(notes),
     )
+
+
+def _said_beside(adapter: Adapter) -> Iterator[str]:
+    """What PEFT's configuration beside a file says of alpha, which the file itself does not tell.
+
+    A second file is no part of the recipe, so it is told and not used.
+    """
+    scaled = [m for m in adapter.modules if m.rank and m.alpha is None and m.scale == 1]
+    beside = adapter.source.path.with_name("adapter_config.json")
+    if not scaled or not beside.is_file():
+        return
+    try:
+        said = json.loads(beside.read_text("utf-8"))
+        alpha, rank = float(said["lora_alpha"]), float(said["r"])
+        factor = alpha / (math.sqrt(rank) if said.get("use_rslora") else rank)
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError, AttributeError):
+        return
+    if factor != 1:
+        yield (
+            f"{adapter.source.path.name} tells no alpha and is taken with alpha = rank;"
+            f" {beside.name} beside it says {factor:g} times as much: multiply its strength by"
+            f" {factor:g}"
+        )
 
 
 def _in(arch: Architecture, part: str, key: str) -> bool:
