@@ -654,3 +654,71 @@ def test_strict(tmp_path, capsys):
     code, _, err = run(capsys, "lora", "resize", file, "--rank", 2, "-o", out)
     assert code == 0
     assert "note: l.safetensors: 1 tensors left out" in err
+
+
+# --- other architectures
+
+
+@pytest.mark.parametrize(
+    ("model", "to"),
+    [
+        ("sdxl", "kohya"),
+        ("sdxl", "diffusers"),
+        ("flux-dev", "diffusers"),
+        ("sd3.5-medium", "comfyui"),
+    ],
+)
+def test_a_whole_difference_comes_back(tmp_path, model, to):
+    """One matrix of each kind is another in the tuned model, and is extracted at full rank."""
+    h = header(model, dtype="F32")
+    before, other = state(h, 0), state(h, 1)
+    tables = ("embedding", "shared.weight", "attention_bias", "pos_embed", "first_stage", "vae.")
+    kinds = {}
+    for key, (_, shape) in h.items():
+        if len(shape) > 1 and key.endswith("weight") and not any(t in key for t in tables):
+            kinds.setdefault("".join(c for c in key if not c.isdigit()), key)
+    tuned = {**before, **{key: other[key] for key in kinds.values()}}
+    a, b, lora = (tmp_path / f"{n}.safetensors" for n in ("a", "b", "l"))
+    for path, tensors in ((a, before), (b, tuned)):
+        save(path, {key: (dtype, tensors[key]) for key, (dtype, _) in h.items()})
+    found = loras.extract(b, a, lora, rank=2048, to=to)
+    after = bake(a, lora, tmp_path / "o.safetensors")
+    assert len(kinds) > 30
+    assert found.modules >= len(kinds)
+    for key in h:
+        if key in kinds.values():
+            error = np.abs(after[key] - tuned[key]).max()
+            assert error <= 2e-5 * np.abs(tuned[key] - before[key]).max(), key
+        else:
+            assert np.array_equal(after[key], before[key]), key
+
+
+def test_models_in_diffusers_names_are_extracted_from_alike(models, tmp_path):
+    from plymix import cli as commands
+
+    assert commands.run(["convert", str(models / "b.safetensors"), str(tmp_path / "b")]) == 0
+    one, other = tmp_path / "1.safetensors", tmp_path / "2.safetensors"
+    loras.extract(models / "b.safetensors", models / "a.safetensors", one, rank=2)
+    loras.extract(tmp_path / "b", models / "a.safetensors", other, rank=2)
+    x, y = read(one), read(other)
+    assert x.keys() == y.keys()
+    for key in x:
+        np.testing.assert_array_equal(x[key], y[key])
+
+
+def test_the_names_of_usual_models_are_the_golden_ones():
+    import gzip
+
+    import write_layouts  # isort: skip  (scripts/ is on the path since `tiny`)
+    from plymix.adapters.spelling import layout
+
+    assert {p.name.partition(".")[0] for p in write_layouts.LAYOUTS.glob("*.gz")} == set(
+        write_layouts.OF
+    )
+    for arch, golden in write_layouts.OF.items():
+        raw = json.loads(
+            gzip.decompress((write_layouts.HEADERS / f"{golden}.json.gz").read_bytes())
+        )
+        shapes = {key.removeprefix(UNET): tuple(row[1]) for key, row in raw.items()}
+        for key, shape in layout(arch).items():
+            assert shapes[key.removeprefix(UNET)] == shape

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from plymix.adapters import Adapter, Module, change, factor
 from plymix.adapters.files import MAGNITUDE
-from plymix.adapters.names import Target
+from plymix.adapters.names import Target, component
 from plymix.adapters.report import block
 from plymix.adapters.spelling import DIALECTS, KOHYA, PEFT, Dialect, Spelt, located, spelt, spoken
 from plymix.adapters.strengths import Strength
-from plymix.archs import Architecture
+from plymix.archs import Architecture, Place
 from plymix.archs.dialects import View
 from plymix.errors import Refusal, listed
 from plymix.formats.base import Source, TensorInfo
@@ -151,9 +151,25 @@ def _terms(
     found = iter(targets)
     for adapter, strength in zip(adapters, strengths, strict=True):
         for module, target in zip(adapter.modules, found):  # noqa: B905 (targets go on)
-            place = arch.place(target.key) if arch and target else None
+            place = _place(module, target, arch)
             weight = strength.of(place) * strength.factor(place) if place else strength.model
+            for info in module.factors.values():
+                if not info.is_float:
+                    raise Refusal(
+                        f"{adapter.source.path.name}: {info.name} is {info.dtype}; the factors of a"
+                        " LoRA are floats"
+                    )
             yield Term(adapter.source, module, target, weight)
+
+
+def _place(module: Module, target: Target | None, arch: Architecture | None) -> Place | None:
+    """Where a module's weight belongs; by the beginning of its name if no more is known."""
+    if arch is None:
+        return None
+    if target is not None:
+        return arch.place(target.key)
+    name = block(arch, module)
+    return Place("", component(arch, module), name, name) if name else None
 
 
 def _grouped(terms: Iterable[Term], arch: Architecture | None) -> dict[str, list[Term]]:
@@ -306,9 +322,14 @@ def _part(
         change=lambda: _change(group, maps),
     )
     if copy:
-        (term,) = group if len(group) == 1 else (None,)
-        if term and maps[0] is SAME and (kept := _renamed(term, how)):
-            return Part(**{**part.__dict__, **kept})
+        term = group[0]
+        if len(group) == 1 and maps[0] is SAME:
+            return replace(part, **_renamed(term, how))
+        if dependent := [t for t in group if t.module.on_weight]:
+            raise Refusal(
+                f"{listed((t.title for t in dependent), 3)}: {how.title} has that weight in other"
+                f" parts, and {_told(term.module)} cannot be taken apart"
+            )
     return part
 
 
@@ -336,7 +357,7 @@ def _change(group: Sequence[Term], maps: Sequence[_Rows]) -> Change:
     for term, map_ in zip(group, maps, strict=True):
         module = term.module
         if module.on_weight:
-            raise dependent([term])
+            raise _dependent(term)
         weight = term.weight * module.scale
         if weight == 0:
             continue
@@ -386,12 +407,11 @@ def _taken(x: Any, rows: Any) -> Any:
     return np.where((rows >= 0)[:, None], x[rows], np.float32(0))
 
 
-def dependent(terms: Sequence[Term]) -> Refusal:
-    kinds = ", ".join(dict.fromkeys(term.module.algorithm for term in terms))
+def _dependent(term: Term) -> Refusal:
     return Refusal(
-        f"{listed((term.title for term in terms), 3)}: what {kinds} changes depends on the weight,"
-        " so it cannot be added to others or reduced; plymix lora bake puts it into a model, from"
-        " which plymix lora extract makes a LoRA"
+        f"{term.title}: what {term.module.algorithm} changes depends on the weight, so it cannot be"
+        " added to others or reduced; plymix lora bake puts it into a model, from which plymix lora"
+        " extract makes a LoRA"
     )
 
 
