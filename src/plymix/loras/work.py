@@ -275,7 +275,8 @@ def _kronecker(part: Part, d: Any, policy: Policy, spool: Spool, rng: Any) -> Fo
         return Found(part, "lokr", slots, energy=energy, error=error, rank=rank, alpha=float(rank))
     w2 = w2.reshape(shape) if kernel > 1 or len(shape) > 2 else w2
     slots = {"w1": spool.put(w1), "w2": spool.put(w2)}
-    return Found(part, "lokr", slots, energy=energy, error=error)
+    # Whole factors have no scale; LyCORIS wants the number all the same.
+    return Found(part, "lokr", slots, energy=energy, error=error, alpha=1.0)
 
 
 def ranked(found: Sequence[Found], policy: Policy, nbytes: int) -> list[Found]:
