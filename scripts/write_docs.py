@@ -510,6 +510,7 @@ def keys(component: archs.model.Component) -> str:
 # --- Python -------------------------------------------------------------------------------------
 
 ALSO = {
+    "plymix.loras": ("merge", "extract", "resize", "convert", "Made", "Block"),
     "plymix.recipe": ("load", "from_toml", "from_json", "to_toml", "to_json"),
     "plymix.replay": ("replay", "verify"),
     "plymix.difference": ("Difference", "Distance", "Compared"),

@@ -586,6 +586,18 @@ def test_what_cannot_be_is_refused_by_name(models, tmp_path):
         assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_few_modules_tell_their_model_by_their_sizes(tmp_path):
+    k = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn2_to_k"
+    for width, model in ((768, "stable-diffusion-v1"), (1024, "stable-diffusion-v2")):
+        tensors = {f"{k}.lora_up.weight": draw("F32", (320, 1)),
+                   f"{k}.lora_down.weight": draw("F32", (1, width))}  # fmt: skip
+        file = save(tmp_path / f"{width}.safetensors", tensors)
+        loras.convert(file, tmp_path / f"{width}-d.safetensors", to="diffusers")
+        found, said = load(tmp_path / f"{width}-d.safetensors")
+        assert f"{theirs(Q).removesuffix('attn1.to_q')}attn2.to_k.lora_A.weight" in found
+        assert said["modelspec.architecture"].startswith(model)
+
+
 def test_names_of_no_known_model_stay_what_they_are(tmp_path):
     strange = {
         "blob.x.lora_A.weight": draw("F32", (2, 6)),

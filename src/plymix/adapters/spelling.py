@@ -16,7 +16,7 @@ from pathlib import Path
 
 from plymix.adapters.files import Module
 from plymix.adapters.names import Names, Target, dialect, plain, spellings, text_encoders
-from plymix.archs import Architecture
+from plymix.archs import Architecture, load, names
 from plymix.archs.dialects import View
 from plymix.archs.model import shared_facts
 from plymix.errors import Refusal, unknown
@@ -145,6 +145,25 @@ def _names(
 # --- which tensor each module means --------------------------------------------------------------
 
 
+def guessed(modules: Sequence[Module]) -> Architecture | None:
+    """The one architecture whose usual model has all of `modules`, in just their sizes.
+
+    For files with too few modules to be known by them; None where none or several fit.
+    """
+    fitting = [name for name in names() if layout(name) and _fit(load(name), modules)]
+    return load(fitting[0]) if len(fitting) == 1 else None
+
+
+def _fit(arch: Architecture, modules: Sequence[Module]) -> bool:
+    shapes = layout(arch.name)
+    known = Names(arch, shapes)
+    for module in modules:
+        target = known.find(module)
+        if target is None or _sized(module, target, shapes[target.key]) != shapes[target.key]:
+            return False
+    return True
+
+
 def located(
     arch: Architecture | None, modules: Sequence[Module], model: Shapes | None = None
 ) -> tuple[Shapes, list[Target | None]]:
@@ -157,8 +176,8 @@ def located(
     shapes = (layout(arch.name) if arch else {}) if model is None else model
     if arch is None or not shapes:
         return {}, [None] * len(modules)
-    names = Names(arch, shapes)
-    targets = [names.find(module) for module in modules]
+    known = Names(arch, shapes)
+    targets = [known.find(module) for module in modules]
     sized: dict[str, tuple[Shape, Module]] = {}
     for i, (module, target) in enumerate(zip(modules, targets, strict=True)):
         if target is None:
@@ -180,8 +199,8 @@ def located(
     if model is not None:
         return shapes, targets
     shapes = {**shapes, **{key: shape for key, (shape, _) in sized.items()}}
-    names = Names(arch, shapes)
-    return shapes, [target and names.find(m) for m, target in zip(modules, targets, strict=True)]
+    known = Names(arch, shapes)
+    return shapes, [target and known.find(m) for m, target in zip(modules, targets, strict=True)]
 
 
 def _sized(module: Module, target: Target, shape: Shape) -> Shape | None:
@@ -220,7 +239,7 @@ def spoken(
     """The dialect that all of the modules that are known have their names in; None for no one."""
     pairs = [(m.name, t) for m, t in zip(modules, targets, strict=True) if t is not None]
     for how in DIALECTS.values() if pairs else ():
-        names = spelt(arch, shapes, how)
-        if all(any(name == s.name for s in names.get(t.key, ())) for name, t in pairs):
+        spellings_of = spelt(arch, shapes, how)
+        if all(any(name == s.name for s in spellings_of.get(t.key, ())) for name, t in pairs):
             return how
     return None

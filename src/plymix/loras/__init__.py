@@ -373,6 +373,8 @@ def _of_loras(
 
 def _architecture(adapters: Sequence[Adapter]) -> Architecture | None:
     """What all the LoRAs are for. Raises Refusal for different ones."""
+    from plymix.adapters.spelling import guessed
+
     found: dict[str, Adapter] = {}
     for adapter in adapters:
         if adapter.detection.arch:
@@ -383,7 +385,9 @@ def _architecture(adapters: Sequence[Adapter]) -> Architecture | None:
             f"{one.source.path.name} is {one.detection.title} and {other.source.path.name} is"
             f" {other.detection.title}: they do not fit one another"
         )
-    return next(iter(found.values())).detection.arch if found else None
+    if found:
+        return next(iter(found.values())).detection.arch
+    return guessed([module for adapter in adapters for module in adapter.modules])
 
 
 def _finished(

@@ -188,10 +188,13 @@ def _respelt(adapters: Sequence[Adapter]) -> bool:
 
 def _unknown(others: Sequence[Term], arch: Architecture | None, how: Dialect) -> Refusal:
     named = listed((term.title for term in others), 3)
-    what = f"of {arch.short}" if arch else "of an architecture that plymix knows"
+    if arch is None:
+        why = "it cannot be told for which architecture they are"
+    else:
+        why = f"plymix knows no such modules of {arch.short}"
     return Refusal(
-        f"{len(others)} modules are none {what} by their names, so they cannot be told in another"
-        f" dialect: {named}; name a model that they fit with --base"
+        f"{len(others)} modules cannot be written in another spelling, since {why}: {named}; name a"
+        " model that they fit with --base"
     )
 
 
