@@ -66,7 +66,7 @@ class Sum:
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         if self.on_cpu.cast:
-            return inputs[0].to(torch_dtype(self.on_cpu.out))
+            return _narrow(inputs[0], self.on_cpu.out)
         return (_sum_fused if self.on_cpu.fused else _sum_wide)(self.on_cpu, inputs)
 
 
@@ -132,7 +132,17 @@ def _sum_wide(plan: kernels.Sum, inputs: Sequence[torch.Tensor]) -> torch.Tensor
         total = _blend(total, x, 1.0 if i else hi, hi1)
     if any(lo for _, lo in plan._exact):
         total = total + low
-    return total if plan.out == "F64" else total.float().to(torch_dtype(plan.out))
+    return total if plan.out == "F64" else _narrow(total.float(), plan.out)
+
+
+def _narrow(x: torch.Tensor, dtype: str) -> torch.Tensor:
+    """`x` rounded to `dtype`. torch makes numbers beyond fp8 e5m2 infinite; they saturate here."""
+    import torch
+
+    if dtype == "F8_E5M2":
+        x = x.float()
+        x = torch.where(torch.isinf(x), x, x.clamp(-57344.0, 57344.0))
+    return x.to(torch_dtype(dtype))
 
 
 def _blend(x: torch.Tensor, y: torch.Tensor, a: float, b: float) -> torch.Tensor:
