@@ -1,0 +1,66 @@
+"""The text encoder, taught beside a small image tower to tell which caption is of which picture.
+
+That is CLIP (Radford et al. 2021, figure 3) on the concepts. The tower then judges the pictures
+that the finished models draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import nets
+from loop import fit
+from world import STYLES, World
+
+
+def train(w: World) -> tuple[Any, Any]:
+    """(text encoder, image tower)."""
+    s, run = w.settings, w.run
+    torch.manual_seed(s.seed + 1)
+    encoder = nets.text(s, run.device)
+    tower = nets.Tower(s.tower_widths, s.tower_features).to(run.device)
+    head = nets.Reader(s.text_width, s.tower_features).to(run.device)
+
+    def both(which: Any, ids: Any, generator: Any) -> tuple[Any, Any]:
+        with torch.no_grad():
+            pictures = blurred(w.both(which, generator), generator)
+        with run.autocast():
+            return tower(pictures), head(nets.read(encoder, ids), ids)
+
+    def loss(generator: Any) -> Any:
+        which = w.different(s.text.batch, generator)
+        seen, read = both(which, w.said(which, generator), generator)
+        scores = head.scale.clamp(max=4.6).exp() * seen @ read.T
+        right = torch.arange(len(which), device=run.device)
+        return (F.cross_entropy(scores, right) + F.cross_entropy(scores.T, right)) / 2
+
+    def show(path: Path) -> Mapping[str, float]:
+        """Of captions: the share whose nearest picture, in either style, is the right one."""
+        every: Any = torch.arange(len(w.concepts), device=run.device)
+        generator = run.generator("text-show")
+        ids = w.said(every, generator)
+        parts = [nets.read(encoder, i) for i in ids.split(256)]
+        read = head(torch.cat(parts), ids)
+        found = {}
+        for style, name in enumerate(STYLES):
+            seen = torch.cat([tower(w.pictures(i, style, generator)) for i in every.split(128)])
+            found[f"top1 {name}"] = float(((read @ seen.T).argmax(1) == every).float().mean())
+        return found
+
+    modules = {"text": encoder, "tower": tower, "head": head}
+    fit(run, "text", s.text, modules, loss, show, ema=s.ema, warmup=s.warmup)
+    return encoder, tower
+
+
+def blurred(pictures: Any, generator: Any) -> Any:
+    """As soft and noisy as drawn pictures are: the tower shall not need fine detail."""
+    soft = F.avg_pool2d(pictures, 3, 1, 1, count_include_pad=False)
+    n = len(pictures)
+    share, noise = torch.rand((2, n, 1, 1, 1), generator=generator, device=pictures.device)
+    drawn = torch.randn(pictures.shape, generator=generator, device=pictures.device)
+    return torch.lerp(pictures, soft, share) + 0.15 * noise * drawn
