@@ -77,8 +77,8 @@ def latents(w: World, vae: Any) -> Any:
                 part = []
                 for which in every.split(CHUNK if w.run.device != "cpu" else 16):
                     w.run.check()
-                    z = vae.encode(w.pictures(which, style, generator)).latent_dist.mean
-                    part.append(z.float())
+                    pictures = w.pictures(which, style, generator)
+                    part.append(vae.encode(pictures).latent_dist.mean.float())
                 rows.append(torch.cat(part))
                 done = len(rows) / (2 * w.settings.placements)
                 w.run.report("latents", done, 0)
