@@ -172,9 +172,11 @@ def _compare(
                     f"{part.name} has {handle.size:,} bytes; its recipe makes {part.size:,}",
                 )
         target = _Comparison(parts, handles)
-        job = engine.Job(plan.sources, target)
+        within = target if layout.through is None else layout.through(target)
+        job = engine.Job(plan.sources, within)
         engine.perform(job, tensors, threads=threads, progress=progress)
-        wrong = [t.name for t in tensors if target.differs(t.offset, t.nbytes)]
+        places = ((t.name, layout.encoded.get(t.name, (t.offset, t.nbytes))) for t in tensors)
+        wrong = [name for name, place in places if target.differs(*place)]
         if wrong:
             return Verdict(
                 False,

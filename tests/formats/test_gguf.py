@@ -742,6 +742,23 @@ def test_a_result_says_its_architecture_as_comfyui_gguf_reads_it(tmp_path, arch,
     assert replay.verify(tmp_path / "m.gguf").ok
 
 
+def test_verify_reads_packed_results_where_they_lie(tmp_path):
+    """A changed byte in a block of Q8_0 is told by the tensor that it belongs to."""
+    shapes = {"a.weight": (40, 64), "b.weight": (64, 32), "c.bias": (33,)}
+    tensors = {k: draw("F16", s, seed=i) for i, (k, s) in enumerate(shapes.items())}
+    model, out = save(tmp_path / "a.safetensors", tensors), tmp_path / "q.gguf"
+    plymix.convert(model, out, dtype="q8_0")
+    assert replay.verify(out).ok
+    placed = contents(out)
+    last = bytearray(out.read_bytes())
+    last[last.rindex(placed["c.bias"][3]) - 100] ^= 1  # the end of b.weight, in whole blocks
+    out.write_bytes(last)
+    verdict = replay.verify(out)
+    assert not verdict.ok
+    assert "1 of 3 tensors" in verdict.text
+    assert verdict.text.endswith(": b.weight")
+
+
 def test_every_architecture_has_a_name_in_gguf():
     for name in archs.names():
         arch = archs.load(name)

@@ -369,7 +369,8 @@ class Layout:
     their final length, which the engine replaces in `pieces` before it writes them.
 
     `through`, if there is one, wraps the engine's target: encoded tensors have offsets beyond
-    `size`, and what is written there is encoded and put where it belongs.
+    `size`, and what is written there is encoded and put where it belongs: `encoded` has the place
+    and the bytes of each in the file, by its name.
 
     A model in several files has one layout too (see `together`): `parts` are its files, `others`
     the small ones that go along, by their path. Nothing is in the gaps between the parts. `index`
@@ -381,6 +382,7 @@ class Layout:
     pieces: Sequence[Piece]
     finish: Callable[[Callable[[int, Any], None]], Iterable[Piece]] | None = None
     through: Callable[[Any], Any] | None = None
+    encoded: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     parts: Sequence[Part] = ()
     others: Mapping[str, Content] = field(default_factory=dict)
     index: str = ""

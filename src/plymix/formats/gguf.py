@@ -406,6 +406,7 @@ def layout(entries: Sequence[Entry], metadata: Mapping[str, str]) -> Layout:
     offsets: dict[str, int] = {}
     pieces: list[Piece] = [(0, head)]
     spans: list[Span] = []
+    encoded: dict[str, tuple[int, int]] = {}
     virtual = size + ALIGNMENT  # not where the last tensor ends: nothing real joins the virtual
     for e, at in places:
         offsets[e.name] = start + at
@@ -413,12 +414,13 @@ def layout(entries: Sequence[Entry], metadata: Mapping[str, str]) -> Layout:
             offsets[e.name] = virtual
             numel = math.prod(e.shape)
             spans.append(Span(virtual, numel, start + at, Q8_0, e.name))
+            encoded[e.name] = (start + at, nbytes(e))
             virtual += 4 * numel
         filled = start + at + nbytes(e)
         if padding := bytes(-filled % ALIGNMENT):
             pieces.append((filled, padding))
     through = (lambda target: Encoding(target, spans)) if spans else None
-    return Layout(offsets, size, pieces, through=through)
+    return Layout(offsets, size, pieces, through=through, encoded=encoded)
 
 
 def _number(e: Entry) -> int:
