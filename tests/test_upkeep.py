@@ -357,6 +357,25 @@ def test_what_the_model_says_of_itself_stays(model, tmp_path):
     assert not {"ss_epoch", "prompt"} & set(got)
 
 
+def test_a_folder_without_its_vae(model, tmp_path):
+    """diffusers' own way to say that a component is not there: null and no configuration."""
+    whole, out = tmp_path / "whole", tmp_path / "pruned"
+    plymix.convert(model("sd1"), whole)
+    plymix.prune(whole, out, drop=["vae"])
+    index = json.loads((out / "model_index.json").read_text())
+    assert index.pop("vae") == [None, None]
+    before = json.loads((whole / "model_index.json").read_text())
+    assert before.pop("vae") == ["diffusers", "AutoencoderKL"]
+    assert index == before
+    files = {p.relative_to(whole) for p in whole.rglob("*") if p.is_file()}
+    left = {p.relative_to(out) for p in out.rglob("*") if p.is_file()}
+    assert left == {p for p in files if p.parts[0] != "vae"}
+    for file in left:
+        if file.suffix == ".safetensors":
+            assert contents(out / file)[0] == contents(whole / file)[0]
+    assert replay.verify(out, folders=[tmp_path]).ok
+
+
 def test_what_cannot_be_dropped(model, tmp_path):
     with pytest.raises(Refusal, match=r"component of SD1 'scheduels'.*schedules"):
         plymix.prune(model("sd1"), tmp_path / "p.safetensors", drop=["scheduels"])
@@ -423,6 +442,26 @@ def test_names_of_the_novelai_era(model, tmp_path):
     was, got = contents(path)[0], contents(out)[0]
     old = re.compile(r"^(cond_stage_model\.transformer\.)(?=embeddings|encoder|final)")
     assert got == {old.sub(r"\1text_model.", k): v for k, v in was.items()}
+
+
+def test_a_folder_is_repaired_into_a_folder(model, tmp_path):
+    """Position ids that an old folder holds as floats; all else keeps its bytes and its place."""
+    path, out = tmp_path / "sd1", tmp_path / "mended"
+    plymix.convert(model("sd1"), path)
+    file = path / "text_encoder" / "model.safetensors"
+    header, state, _ = tiny.read_safetensors(file)
+    rows = {k: (header[k][0], state[k]) for k in header}
+    rows["text_model.embeddings.position_ids"] = ("F32", np.full((1, 77), 0.5, np.float32))
+    save(file, rows)
+    plymix.repair(path, out)
+    for each in path.glob("*/*.safetensors"):
+        was, got = contents(each)[0], contents(out / each.relative_to(path))[0]
+        was.pop("text_model.embeddings.position_ids", None)
+        ids = got.pop("text_model.embeddings.position_ids", None)
+        assert got == was
+        if ids:
+            assert ids == ("I64", (1, 77), np.arange(77, dtype=np.int64).tobytes())
+    assert replay.verify(out, folders=[tmp_path]).ok
 
 
 def test_a_text_encoder_alone(tmp_path):

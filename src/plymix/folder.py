@@ -7,7 +7,7 @@ is made from the shapes of the tensors (see `plymix.archs.configs`).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +42,12 @@ def configs(plan: Plan, given: str | Path = "") -> dict[str, Content]:
         if file not in found:
             found[file] = found.get(CONFIG) or making.text(_made(plan, component))
     found.pop(CONFIG, None)
+    gone = set(plan.base.components).difference(plan.components)
+    found = {path: c for path, c in found.items() if path.partition("/")[0] not in gone}
     if MODEL_INDEX not in found:
         found |= _pipeline(plan, found)
     else:
-        found[MODEL_INDEX] = _completed(plan, found[MODEL_INDEX])
+        found[MODEL_INDEX] = _corrected(plan, found[MODEL_INDEX], gone)
     return found
 
 
@@ -106,12 +108,13 @@ def _pipeline(plan: Plan, found: Mapping[str, Content]) -> dict[str, Content]:
     return {MODEL_INDEX: making.text(index), SCHEDULER: making.text(scheduler), **added}
 
 
-def _completed(plan: Plan, index: Content) -> Content:
-    """`index` with the components that it lacks."""
+def _corrected(plan: Plan, index: Content, gone: Collection[str]) -> Content:
+    """`index` with the components that it lacks, and null for those that are `gone`."""
     text = index if isinstance(index, bytes) else index.read_bytes()
     said: dict[str, Any] = json.loads(text)
     missing = [c for c in plan.components if not (said.get(c) or [None])[0]]
-    if not missing or plan.arch is None:
+    absent = {c: [None, None] for c in said if c in gone}
+    if plan.arch is None or not (missing or absent):
         return index
     made = making.pipeline(plan.arch, plan.denoiser.detection.variant, missing)
-    return making.text(said | {c: made[c] for c in missing})
+    return making.text(said | absent | {c: made[c] for c in missing})

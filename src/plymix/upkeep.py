@@ -184,6 +184,7 @@ def _made(
         api.ready(path, force)
     else:
         path = Path("result.safetensors")
+    recipe = api.aimed(recipe, path)
     with planning.build(recipe) as plan:
         told = Upkeep(
             path=None,

@@ -62,6 +62,16 @@ Output = Annotated[
         metavar="FILE",
     ),
 ]
+OneFile = Annotated[
+    str,
+    option(
+        "The result: .safetensors, .ckpt or .gguf.",
+        "--output",
+        "-o",
+        default=False,
+        metavar="FILE",
+    ),
+]
 Dtypes = Annotated[
     str,
     option(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from plymix.cli import screen
-from plymix.cli.options import Dtypes, Force, Json, Output, Threads, argument, option
+from plymix.cli.options import Dtypes, Force, Json, OneFile, Output, Threads, argument, option
 from plymix.cli.options import checked_threads as checked
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def extract(
     component: Annotated[
         str, option("vae, text_encoder, unet ...: plymix archs NAME lists them.", default=False)
     ],
-    output: Output = "",
+    output: OneFile = "",
     keep_prefix: Annotated[
         bool, option("Keep the names that the keys have in the model.", default=False)
     ] = False,
