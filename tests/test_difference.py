@@ -222,6 +222,29 @@ def test_a_component_and_the_model_it_is_of(pair, tmp_path):
     )
 
 
+@pytest.mark.parametrize("component", ["vae", "text_encoder", "text_encoder_2"])
+def test_a_component_in_every_spelling(tmp_path, component):
+    """Alone, in its folder, and in the model; OpenCLIP's fused q, k, v are three in diffusers."""
+    model = single(tmp_path / "xl.safetensors", "sdxl", 5)
+    home = folder(tmp_path / "folder", "sdxl", 5)
+    plymix.extract(home, component, tmp_path / "alone.safetensors")
+    found = plymix.diff(tmp_path / "alone.safetensors", home / component)
+    assert found.verdicts == (f"{component} holds the same weights as alone.safetensors",)
+    found = plymix.diff(tmp_path / "alone.safetensors", model)
+    assert not found.only_a
+    assert [c.name for c in found.components] == [component]
+    assert {t.state for t in found.tensors} == {"same"}
+    rows = _rows(tmp_path / "alone.safetensors")
+    key = next(
+        k for k in rows if k.endswith(("in_proj_weight", "q_proj.weight", "attn_1.q.weight"))
+    )
+    changed = rows[key][1].copy()
+    changed[:] = 0
+    off = save(tmp_path / "off.safetensors", rows | {key: (rows[key][0], changed)})
+    said = {t.state for t in plymix.diff(off, home / component).tensors}
+    assert said == {"same", "changed"}
+
+
 def test_position_ids_are_no_weights(pair, tmp_path):
     rows = dict(pair[2])
     key = next(k for k in rows if k.endswith("position_ids"))

@@ -508,6 +508,14 @@ def test_replay_and_verify(tmp_path, files, name, options):
     assert "differ from what its recipe makes" in verdict.text
 
 
+def test_a_renamed_folder_is_found_by_its_content(tmp_path, files):
+    plymix.convert(files["sd1"], tmp_path / "model")
+    result = plymix.convert(tmp_path / "model", tmp_path / "out.safetensors").path
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "model").rename(tmp_path / "deep" / "other")
+    assert replay.verify(result, folders=[tmp_path]).ok
+
+
 def test_a_conversion_keeps_what_is_known_of_the_model(tmp_path):
     about = {"modelspec.title": "Mine", "ss_steps": "9", "sshs_model_hash": "x", "other": "y"}
     file = save(tmp_path / "a.safetensors", identities("sd1"), about)

@@ -12,9 +12,9 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Union
 
 import msgspec
@@ -29,6 +29,7 @@ from plymix.formats.base import BITS, Source, TensorInfo
 from plymix.pairing import Paired
 from plymix.plan import fitted
 from plymix.recipe import DTYPES
+from plymix.respelling import lone
 from plymix.sweep import sweep
 
 CHUNK = 1 << 16
@@ -145,10 +146,14 @@ def _sides(a: Source, b: Source) -> tuple[Side, Side]:
     arch = archs[0] or archs[1]
     if arch:  # a part of a model is read as that model spells it
         found = [
-            p if _is_model(p) else pairing.pair(source, arch)
+            p if _is_model(p) else replace(pairing.pair(source, arch), detection=p.detection)
             for source, p in zip((a, b), found, strict=True)
         ]
-    one, other = (_side(s, p, arch) for s, p in zip((a, b), found, strict=True))
+    elif found[0].tensors.keys() != found[1].tensors.keys():  # perhaps two spellings of one part
+        alike = [_in_diffusers(source, p) for source, p in zip((a, b), found, strict=True)]
+        found = [p for p in alike if p] if all(alike) else found
+    there = {key for p in found if _is_model(p) for key in p.tensors}
+    one, other = (_side(s, p, arch, there) for s, p in zip((a, b), found, strict=True))
     if not one.tensors.keys() & other.tensors.keys():
         raise Refusal(
             f"{one.label} is {one.title} and {other.label} is {other.title}: they share no tensor,"
@@ -162,11 +167,32 @@ def _is_model(paired: Paired) -> bool:
     return found.arch is not None and found.kind in ("checkpoint", "denoiser")
 
 
-def _side(source: Source, paired: Paired, arch: Architecture | None) -> Side:
+def _in_diffusers(source: Source, paired: Paired) -> Paired | None:
+    """A VAE or text encoder alone by its names in diffusers; None for any other file."""
+    known = lone({key: info.shape for key, info in source.tensors.items()}, "diffusers")
+    if known is None:
+        return None
+    names = known[1]
+    tensors = {name: pairing.seen(name, of, source.tensors) for name, of in names.items()}
+    used = {view.key for of in names.values() for view in of}
+    strangers = tuple(key for key in source.tensors if key not in used)
+    return replace(paired, tensors=tensors, unpaired=strangers)
+
+
+def _side(
+    source: Source, paired: Paired, arch: Architecture | None, there: Collection[str]
+) -> Side:
+    """`there` are the keys of the model, which those of a part of it may have without a prefix."""
+    homes: list[str] = []
+    if arch and not _is_model(paired):
+        homes = [home for c in arch.components for home in arch.homes(c.name) if c.prefixes]
     tensors: dict[str, TensorInfo] = {}
     places: dict[str, Place] = {}
     for key, info in paired.tensors.items():
         place = arch.place(key) if arch else None
+        if arch and place is None:
+            full = next((home + key for home in homes if home + key in there), "")
+            place = arch.place(full) if full else None
         place = place or Place(key, "extra" if arch else "model", "OTHER", "OTHER")
         if place.key not in tensors:
             tensors[place.key] = info

@@ -107,7 +107,7 @@ def _by_name(model: Model, places: Sequence[Path]) -> Path | None:
 def _by_content(model: Model, folders: Folders) -> Path | None:
     for folder in folders:
         for candidate in sorted(Path(folder).expanduser().rglob("*")):
-            if candidate.is_file() and _is(model, candidate):
+            if _is(model, candidate):
                 return candidate
     return None
 
