@@ -75,7 +75,8 @@ def test_every_architecture_is_told(name, capsys, monkeypatch):
     assert {"GRAD_V"} <= set(fitting) <= set(weights.presets())
 
 
-def test_overview(capsys):
+def test_overview(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")  # a line each, in the narrowest of usual windows
     out = call(capsys)
     assert [line.split()[0] for line in out.splitlines()[1:]] == list(archs.names())
     assert "1.419 B - 17.34 B" in out

@@ -45,10 +45,10 @@ def _overview(every: list[Architecture]) -> None:
     for arch in every:
         sizes = [parameters(one, arch.blocks) for one in arch.sizes().values()]
         span = dict.fromkeys(screen.count(n) for n in sorted(filter(None, sizes)))
-        names = "own, diffusers" if diffusers(arch) else "own"
+        names = "yes" if diffusers(arch) else "no"
         rows.append((arch.name, arch.title, str(len(arch.blocks)), " - ".join(span), names))
     ends = [(*row[:3], _ends(row[3]), row[4]) for row in rows]
-    screen.table(("name", "title", ">blocks", ">parameters", "names"), ends)
+    screen.table(("name", "title", ">blocks", ">parameters", "diffusers names"), ends)
 
 
 def _ends(span: str) -> str:
