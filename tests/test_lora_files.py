@@ -571,9 +571,9 @@ def test_what_cannot_be_is_refused_by_name(models, tmp_path):
         (lambda: loras.resize(file, out, size="many"), "write 150MB"),
         (lambda: loras.extract(a, a, out), "of what size"),
         (lambda: loras.extract(a, a, out, rank=2), "nothing is changed"),
-        (lambda: loras.extract(a, file, out, rank=2), "name a model"),
+        (lambda: loras.extract(a, file, out, rank=2), "name a model, whole"),
         (lambda: loras.extract(a, a, out, rank=2, family="loha"), "lora and lokr"),
-        (lambda: loras.convert(file, out, to="peft"), "PEFT cannot say.*lora_te"),
+        (lambda: loras.convert(file, out, to="peft"), "PEFT cannot say.*lora_te.*FILE:1:0"),
         (lambda: loras.convert(file, out, to="kohia"), "did you mean kohya"),
         (lambda: loras.convert(file, tmp_path / "o.ckpt", to="kohya"), "written as .safetensors"),
         (lambda: loras.convert(file, file, to="comfyui"), "exists"),
@@ -734,3 +734,13 @@ def test_the_names_of_usual_models_are_the_golden_ones():
         shapes = {key.removeprefix(UNET): tuple(row[1]) for key, row in raw.items()}
         for key, shape in layout(arch).items():
             assert shapes[key.removeprefix(UNET)] == shape
+
+
+def test_a_strength_of_0_leaves_out_what_a_spelling_cannot_say(tmp_path):
+    file = lora_file(tmp_path / "l.safetensors", changes(1, (Q, TEXT)))
+    loras.merge([f"{file}:1:0"], tmp_path / "o.safetensors", to="peft")
+    ends = ("lora_B.weight", "lora_A.weight")
+    got = deltas(tmp_path / "o.safetensors", ends)
+    module = "base_model.model." + theirs(Q).removeprefix("unet.")
+    assert got.keys() == {module}
+    close(got[module], deltas(file)[name(Q)])

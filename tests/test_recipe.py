@@ -224,6 +224,16 @@ def test_settings_from_the_command_line():
     assert got.steps["mix"].params["alpha"]["base"] == 0.9
     assert recipe.with_setting(found, "output.dtype", "bf16").output.dtype == "bf16"
     assert recipe.with_setting(found, "steps.more.alpha", ".5").steps["more"].params["alpha"] == 0.5
+    table = '{ base = 0.25, "IN00-IN05" = 0.5 }'
+    got = recipe.with_setting(found, "steps.mix.alpha", table)
+    assert got.steps["mix"].params["alpha"] == {"base": 0.25, "IN00-IN05": 0.5}
+    got = recipe.with_setting(got, "steps.mix.alpha.blocks.M00", "1")
+    assert got.steps["mix"].params["alpha"] == {
+        "base": 0.25,
+        "blocks": {"IN00-IN05": 0.5, "M00": 1},
+    }
+    with pytest.raises(Refusal, match=r"--set steps.mix.alpha: .* is not a TOML table or list"):
+        recipe.with_setting(found, "steps.mix.alpha", "{ base = }")
     for path, text in (("steps.mox.alpha", "1"), ("output.dtyp", "fp16"), ("steps.mix.alhpa", "1")):
         with pytest.raises(Refusal):
             recipe.with_setting(found, path, text)

@@ -838,3 +838,16 @@ def test_ff_is_the_feed_forward_layer_and_not_the_middle_of_diffusion():
     assert not rule.matches("IN05", inside + "attn2.to_q.weight", blocks)
     (whole,) = weights.parse_rules([":diffusion_model.input_blocks.5.:0.5"])
     assert whole.matches("IN05", inside + "attn2.to_q.weight", blocks)
+
+
+def test_block_names_may_stand_beside_the_fields():
+    bare = weights.from_toml({"IN00-IN05": 0.2, "M00": 0.5, "base": 0.1, "default": 0.3})
+    table = {"blocks": {"IN00-IN05": 0.2, "M00": 0.5}, "base": 0.1, "default": 0.3}
+    assert bare == weights.from_toml(table)
+    for wrong, said in (
+        ({"M00": 0.5, "bas": 0.1}, "did you mean base"),
+        ({"M00": 0.5, "blocks": {"IN05": 1}}, "unknown field of w 'M00'"),
+        ({"M00": "x"}, "M00 is 'x', not a number"),
+    ):
+        with pytest.raises(Refusal, match=said):
+            weights.from_toml(wrong, field="w")

@@ -554,9 +554,12 @@ def explained(plan: Plan) -> Explanation:
 def _spread(shares: Sequence[Mapping[str, float]]) -> str:
     """The lowest and highest share of each model over the tensors of a block."""
     names = dict.fromkeys(name for each in shares for name in each)
-    ranges = {n: [100 * each.get(n, 0.0) for each in shares] for n in names}
-    text = ", ".join(f"{min(v):.4g}-{max(v):.4g} % {n}" for n, v in ranges.items())
-    return f"its tensors differ: {text}"
+    told = []
+    for name in names:
+        found = [100 * each.get(name, 0.0) for each in shares]
+        ends = dict.fromkeys(f"{x:.4g}" for x in (min(found), max(found)))
+        told.append(f"{' to '.join(ends)} % {name}")
+    return f"its tensors differ: {', '.join(told)}"
 
 
 def size(nbytes: float) -> str:

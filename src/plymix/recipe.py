@@ -509,10 +509,7 @@ def with_setting(recipe: Recipe, path: str, text: str) -> Recipe:
     """
     found = to_dict(recipe)
     keys = path.split(".")
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = weights.literal(text)
+    value = _value(text, path)
     at: Any = found
     weight = keys[2] if keys[0] == "steps" and len(keys) > 3 else None
     for key in keys[:-1]:
@@ -520,6 +517,8 @@ def with_setting(recipe: Recipe, path: str, text: str) -> Recipe:
             raise unknown(f"field on the way to {path}", key, at if isinstance(at, dict) else [])
         if key == weight and _is_curve(at[key]):
             at[key] = _opened(at[key])
+        elif key == weight and keys[3] == "blocks":
+            at[key] = weights.under_blocks(at[key])
         if weight and key == "blocks" == keys[-2] and _is_curve(at[key]):
             return from_dict(_with_rule(found, keys, value))
         at = at[key]
@@ -527,6 +526,17 @@ def with_setting(recipe: Recipe, path: str, text: str) -> Recipe:
         raise Refusal(f"--set {path}: {'.'.join(keys[:-1])} is not a table")
     at[keys[-1]] = value
     return from_dict(found)
+
+
+def _value(text: str, path: str) -> Any:
+    """A value of `--set`: JSON, a table or list as a recipe file has it, or the text itself."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    if text.startswith(("{", "[")):
+        return weights.inline_table(text, f"--set {path}")
+    return weights.literal(text)
 
 
 def _with_rule(found: dict[str, Any], keys: list[str], value: Any) -> dict[str, Any]:

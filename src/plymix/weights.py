@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from plymix.errors import FormatError, Refusal, unknown
+from plymix.errors import FormatError, Refusal, nearest, unknown
 
 SD1_BLOCKS = (
     *(f"IN{i:02}" for i in range(12)),
@@ -143,7 +143,7 @@ def parse(
     if text.startswith("[") and text.endswith("]"):
         text = text[1:-1].strip()
     if text.startswith("{"):
-        return from_toml(_inline_table(text, field), field=field, blocks=blocks, own=own)
+        return from_toml(inline_table(text, field), field=field, blocks=blocks, own=own)
     if not text:
         raise Refusal(f"{field} is empty; give a number, a list of numbers or a preset name")
     values = [literal(word) for word in re.split(r"\s*,\s*|\s+", text)]
@@ -156,11 +156,12 @@ def literal(word: str) -> float | str:
     return float(word) if _NUMBER.fullmatch(word) else word
 
 
-def _inline_table(text: str, field: str) -> object:
+def inline_table(text: str, field: str) -> Any:
+    """The value that `text` is in TOML: a table or list. Raises Refusal naming the field."""
     try:
         document = msgspec.toml.decode("value = " + text)
     except (msgspec.DecodeError, ValueError, RecursionError) as e:
-        raise Refusal(f"{field}: {text} is not a TOML table: {e}") from None
+        raise Refusal(f"{field}: {text} is not a TOML table or list: {e}") from None
     if len(document) > 1:
         raise Refusal(f"{field}: {text} is more than one TOML table")
     return document["value"]
@@ -283,12 +284,25 @@ def _points(value: object, field: str) -> tuple[tuple[float, float], ...]:
     return tuple(points)
 
 
+def under_blocks(value: Mapping[str, Any]) -> dict[str, Any]:
+    """{M00 = 0.5, default = 0.1}, block names beside the fields, with them under `blocks`.
+
+    What comes near the name of a field is left where it is, to be told as a misspelt one.
+    """
+    fields = (*Blocks.__struct_encode_fields__, "curve")
+    named = {k: v for k, v in value.items() if k not in fields and not nearest(str(k), fields)}
+    if not named or "blocks" in value:
+        return dict(value)
+    return {k: v for k, v in value.items() if k not in named} | {"blocks": named}
+
+
 def _blocks(
     value: Mapping[str, object],
     field: str,
     blocks: Sequence[str],
     own: Own,
 ) -> Blocks:
+    value = under_blocks(value)
     _only(value, (*Blocks.__struct_encode_fields__, "curve"), field)
     if not value:
         raise Refusal(f"{field}: an empty table sets nothing; give blocks, default or base")

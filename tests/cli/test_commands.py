@@ -280,6 +280,18 @@ def test_explain_counts_every_tensor(here: Path) -> None:
     )
 
 
+def test_explain_tells_the_shares_of_a_block_whose_tensors_differ(here: Path) -> None:
+    step = 'method = "weighted_sum"\na = "a"\nb = "b"\nalpha = 0.7\nrules = ["IN05:attn2:0.3"]\n'
+    models = "".join(f'{m} = "{m}.safetensors"\n' for m in "abc")
+    last = '[steps.y]\nmethod = "add_difference"\na = "x"\nb = "c"\nc = "a"\nalpha = 0.6\n'
+    (here / "r.toml").write_text(f"[models]\n{models}[steps.x]\n{step}{last}")
+    notes = plymix("explain", "r.toml", "--json").json["notes"]
+    assert [note for note in notes if note.startswith("IN05")] == [
+        "IN05: its tensors differ: -30 to 10 % a.safetensors, 30 to 70 % b.safetensors,"
+        " 60 % c.safetensors"
+    ]
+
+
 def test_dry_run_writes_nothing_and_equals_explain(here: Path) -> None:
     words = ("a.safetensors", "b.safetensors", "--alpha", "GRAD_V")
     dry = plymix("merge", *words, "-o", "out.safetensors", "--dry-run")

@@ -119,7 +119,7 @@ def test_dry_run_and_json_write_what_they_say(folder, capsys):
         (("base.safetensors", "base.safetensors"), "is not a LoRA: it is SD1 checkpoint"),
         (("x.safetensors", "x.safetensors"), "x.safetensors is LoRA for SD1"),
         (("base.safetensors", "<lora:nome:1>"), "no LoRA called nome"),
-        (("base.safetensors", "<lora:xx:1>"), "no LoRA called xx"),
+        (("base.safetensors", "<lora:xx:1>"), "no LoRA called xx in .: "),
         (("base.safetensors", "<lora:x:1:start=0.2>"), "while an image is drawn"),
         (("base.safetensors", "<lora:x:1:lbv=IND>"), "did you mean lbw"),
         (("base.safetensors", "x.safetensors", "--lbw", "1,0,1"), "12, 17, 20, 26"),
@@ -135,6 +135,15 @@ def test_what_cannot_be_baked(words, said, folder, capsys):
     assert said in err
     assert not (folder / "out.safetensors").exists()
     assert len(err.strip().splitlines()) <= 2
+
+
+def test_a_folder_is_baked_into(folder, capsys):
+    made(folder / "x.safetensors")
+    assert run(capsys, "bake", "base.safetensors", "x.safetensors", "-o", "as-folder")[0] == 0
+    found = load(folder / "as-folder/unet/diffusion_pytorch_model.safetensors")[0]
+    wanted = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight"
+    run(capsys, "bake", "base.safetensors", "x.safetensors", "-o", "one.safetensors")
+    assert found[wanted][1].tobytes() == load(folder / "one.safetensors")[0][Q][1].tobytes()
 
 
 def test_strict_refuses_a_lora_that_does_not_match_whole(folder, capsys):

@@ -133,7 +133,8 @@ def _named(name: str, folders: Sequence[str | Path]) -> str:
             return str(here[0])
     near = nearest(name, [p.stem for p in seen])
     hint = f"did you mean {near[0]}?" if near else "say where they are with --lora-dir DIR"
-    raise Refusal(f"no LoRA called {name} in {listed(map(str, folders))}: {hint}")
+    places = listed(dict.fromkeys(str(folder) for folder in folders))
+    raise Refusal(f"no LoRA called {name} in {places}: {hint}")
 
 
 def factors(text: str, field: str = "--lbw") -> Any:

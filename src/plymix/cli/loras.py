@@ -89,8 +89,8 @@ def bake(
     from plymix import api
     from plymix.adapters import asking
 
-    if output or not dry_run:
-        path = api.output_path(base, output)
+    path = api.output_path(base, output) if output or not dry_run else None
+    if path:
         api.ready(path, force)
     checked_threads(threads)
     parent = Path(base).expanduser().parent
@@ -103,8 +103,10 @@ def bake(
         for lora in found
     ]
     recipe = asking.recipe(base, each, dora=dora, dtype=dtype)
+    if path:
+        recipe = api.aimed(recipe, path)
     with planned(recipe, strict=strict) as plan:
-        if dry_run:
+        if dry_run or not path:
             show_plan(plan, json)
         else:
             show_result(plan, carry_out(plan, path, threads, device), json)

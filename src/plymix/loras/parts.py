@@ -127,7 +127,12 @@ def gather(
             parts.append(_as_named(key, group, arch, how, copy))
             continue
         if key not in names:
-            raise Refusal(f"{how.title} cannot say {group[0].title}, which is {key}")
+            if not any(term.weight for term in group):
+                continue
+            raise Refusal(
+                f"{how.title} cannot say {group[0].title}, which is {key}; choose another spelling"
+                + ("" if how.encoder else ", or leave the text encoder out: lora merge FILE:1:0")
+            )
         parts += _spelt(key, on, group, names[key], arch, how, copy)
     if others and (how is not same or (len(adapters) > 1 and _respelt(adapters))):
         raise _unknown(others, arch, how)

@@ -89,8 +89,8 @@ def tensors_of(source: Source) -> tuple[dict[str, TensorInfo], Architecture]:
     arch = paired.detection.arch
     if arch is None or paired.detection.kind not in ("checkpoint", "denoiser"):
         raise Refusal(
-            f"{source.path.name} is {paired.detection.title}; name a model whose architecture"
-            " plymix knows"
+            f"{source.path.name} is {paired.detection.title}; name a model, whole or its"
+            " denoiser, of an architecture that plymix knows"
         )
     places = {key: arch.place(key) for key in paired.tensors}
     return {p.key: paired.tensors[key] for key, p in places.items() if p}, arch
