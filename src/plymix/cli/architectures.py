@@ -48,7 +48,7 @@ def _overview(every: list[Architecture]) -> None:
         names = "yes" if diffusers(arch) else "no"
         rows.append((arch.name, arch.title, str(len(arch.blocks)), " - ".join(span), names))
     ends = [(*row[:3], _ends(row[3]), row[4]) for row in rows]
-    screen.table(("name", "title", ">blocks", ">parameters", "diffusers names"), ends)
+    screen.table(("name", "title", ">blocks", ">parameters", "diffusers"), ends)
 
 
 def _ends(span: str) -> str:
