@@ -52,9 +52,11 @@ def _overview(every: list[Architecture]) -> None:
 
 
 def _ends(span: str) -> str:
-    """'1 B - 2 B - 3 B' -> '1 B - 3 B'."""
+    """'1 B - 2 B - 3 B' -> '1 - 3 B'."""
     words = span.split(" - ")
-    return words[0] if len(words) == 1 else f"{words[0]} - {words[-1]}"
+    unit = words[0][-2:]
+    first = words[0].removesuffix(unit) if words[-1].endswith(unit) else words[0]
+    return words[0] if len(words) == 1 else f"{first} - {words[-1]}"
 
 
 def parameters(sizes: dict[str, int], blocks: tuple[str, ...]) -> int:
