@@ -357,6 +357,28 @@ def test_what_the_model_says_of_itself_stays(model, tmp_path):
     assert not {"ss_epoch", "prompt"} & set(got)
 
 
+@pytest.mark.parametrize("what", ["extract", "prune"])
+def test_scaled_weights_become_numbers(tmp_path, what):
+    """Codes of fp8 (1.5 is 0x3c) times 4, for every matrix of the U-Net; scales are no tensors."""
+    rows = weights("sd1", 3)
+    matrices = [k for k, (_, x) in rows.items() if k.startswith(UNET) and x.ndim == 2]
+    for key in matrices:
+        rows[key] = ("F8_E4M3", np.full(rows[key][1].shape, 0x3C, np.uint8))
+        rows[key.removesuffix("weight") + "scale_weight"] = ("F32", np.full((), 4, np.float32))
+    rows["scaled_fp8"] = ("F8_E4M3", np.zeros(0, np.uint8))
+    path, out = save(tmp_path / "scaled.safetensors", rows), tmp_path / "out.safetensors"
+    if what == "extract":
+        found = plymix.extract(path, "unet", out, keep_prefix=True, dtype="fp32")
+    else:
+        found = plymix.prune(path, out, dtype="fp32")
+    assert found.left_out == ()
+    got = contents(out)[0]
+    assert not [k for k in got if "scale" in k]
+    for key in matrices:
+        assert set(np.frombuffer(got[key][2], np.float32)) == {6.0}, key
+    assert replay.verify(out).ok
+
+
 def test_a_folder_without_its_vae(model, tmp_path):
     """diffusers' own way to say that a component is not there: null and no configuration."""
     whole, out = tmp_path / "whole", tmp_path / "pruned"

@@ -205,7 +205,8 @@ def _left_out(plan: Plan) -> Iterator[LeftOut]:
     base = plan.base
     rules = {**plan.dropped[base.name], "not in the result": plan.unmatched[base.name]}
     for rule, keys in rules.items():
-        if keys and not rule.startswith("component ="):
+        stored = rule in base.source.left_out  # scales: their numbers are in the weights
+        if keys and not stored and not rule.startswith("component ="):
             yield LeftOut(rule, sum(_size(base, key) for key in keys), tuple(keys))
 
 
