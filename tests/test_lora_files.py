@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import loras as made
 import plymix
-from plymix import cli, loras
+from plymix import cli, loras, replay
 from plymix.recipe import from_dict
 from small import draw, load, real, save
 from tiny import header, state, write
@@ -128,6 +128,13 @@ def test_halves_of_a_lora_are_the_lora(tmp_path):
     assert set(ranks(tmp_path / "r.safetensors").values()) == {3}
     for module, want in deltas(file).items():
         close(deltas(tmp_path / "r.safetensors")[module], want, 1e-5)
+
+
+def test_lora_files_say_that_they_do_not_replay(tmp_path):
+    file = lora_file(tmp_path / "l.safetensors", changes(1))
+    loras.resize(file, tmp_path / "o.safetensors", rank=1)
+    with pytest.raises(plymix.Refusal, match=r"o.safetensors is a LoRA file .*plymix\.lora"):
+        replay.verify(tmp_path / "o.safetensors")
 
 
 def test_one_lora_at_strength_1_is_itself_to_the_byte(tmp_path):

@@ -505,6 +505,7 @@ def test_replay_and_verify(tmp_path, files, name, options):
     path.write_bytes(raw)
     verdict = replay.verify(result.path, folders=[home])
     assert not verdict.ok
+    assert verdict.text.startswith("1 of ")
     assert "differ from what its recipe makes" in verdict.text
 
 

@@ -30,6 +30,10 @@ from plymix.registry import Method, get_method
 METADATA_KEY = "plymix.recipe"
 """Where a result carries its recipe in its metadata."""
 
+LORA_KEY = "plymix.lora"
+"""Where a LoRA file says how it was made: {"made": "merge", "inputs": [{"file", "size", "sha256"}],
+...} as JSON."""
+
 DTYPES = {
     "keep": "", "fp32": "F32", "fp16": "F16", "bf16": "BF16",
     "fp8_e4m3fn": "F8_E4M3", "fp8_e5m2": "F8_E5M2", "q8_0": "F32",
@@ -490,6 +494,11 @@ def _check_references(recipe: Recipe) -> None:
 def from_metadata(metadata: Mapping[str, str], where: str) -> Recipe:
     """The recipe that a result carries. Raises Refusal when it has none."""
     text = metadata.get(METADATA_KEY)
+    if text is None and LORA_KEY in metadata:
+        raise Refusal(
+            f"{where} is a LoRA file that plymix made, and those carry no recipe to replay; plymix"
+            f" inspect shows under {LORA_KEY} what it was made of and how"
+        )
     if text is None:
         raise Refusal(f"{where} carries no plymix recipe")
     return from_json(text)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import threading
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -171,12 +172,12 @@ def _compare(
                     False,
                     f"{part.name} has {handle.size:,} bytes; its recipe makes {part.size:,}",
                 )
-        target = _Comparison(parts, handles)
+        places = {t.name: layout.encoded.get(t.name, (t.offset, t.nbytes)) for t in tensors}
+        target = _Comparison(parts, handles, sorted(at for at, _ in places.values()))
         within = target if layout.through is None else layout.through(target)
         job = engine.Job(plan.sources, within)
         engine.perform(job, tensors, threads=threads, progress=progress)
-        places = ((t.name, layout.encoded.get(t.name, (t.offset, t.nbytes))) for t in tensors)
-        wrong = [name for name, place in places if target.differs(*place)]
+        wrong = [name for name, place in places.items() if target.differs(*place)]
         if wrong:
             return Verdict(
                 False,
@@ -197,12 +198,18 @@ def _compare(
 
 
 class _Comparison:
-    """An engine target that compares with files instead of writing them."""
+    """An engine target that compares with files instead of writing them.
 
-    def __init__(self, parts: Sequence[Part], handles: Sequence[Handle]) -> None:
+    `offsets` are those of the tensors, in order: several may come in one write.
+    """
+
+    def __init__(
+        self, parts: Sequence[Part], handles: Sequence[Handle], offsets: Sequence[int]
+    ) -> None:
         self.waits = False
         self._starts = [part.start for part in parts]
         self._handles = handles
+        self._offsets = offsets
         self._lock = threading.Lock()
         self.wrong: list[tuple[int, int]] = []
 
@@ -210,9 +217,14 @@ class _Comparison:
         view = memoryview(data).cast("B")
         there = bytearray(len(view))
         self.read_at(offset, there)
-        if there != view:
-            with self._lock:
-                self.wrong.append((offset, offset + len(view)))
+        if there == view:
+            return
+        end = offset + len(view)
+        inside = slice(bisect_right(self._offsets, offset), bisect_left(self._offsets, end))
+        for a, b in pairwise((offset, *self._offsets[inside], end)):
+            if there[a - offset : b - offset] != view[a - offset : b - offset]:
+                with self._lock:
+                    self.wrong.append((a, b))
 
     def read_at(self, offset: int, out: Any) -> None:
         i = bisect_right(self._starts, offset) - 1

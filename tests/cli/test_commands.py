@@ -292,6 +292,16 @@ def test_explain_tells_the_shares_of_a_block_whose_tensors_differ(here: Path) ->
     ]
 
 
+def test_folders_of_models_that_are_not_there_are_refused(here: Path) -> None:
+    plymix("merge", "a.safetensors", "b.safetensors", "-o", "ab.safetensors")
+    for words in (
+        ("verify", "ab.safetensors"),
+        ("replay", "ab.safetensors", "-o", "x.safetensors"),
+    ):
+        ran = plymix(*words, "--models", "nowhere")
+        assert (ran.code, "--models nowhere is not a folder" in ran.err) == (2, True)
+
+
 def test_dry_run_writes_nothing_and_equals_explain(here: Path) -> None:
     words = ("a.safetensors", "b.safetensors", "--alpha", "GRAD_V")
     dry = plymix("merge", *words, "-o", "out.safetensors", "--dry-run")

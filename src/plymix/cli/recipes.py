@@ -85,10 +85,14 @@ def note_presets(file: str) -> None:
 def planned(recipe: Recipe, folders: Sequence[str] = (), *, strict: bool = False) -> Plan:
     from plymix import plan
 
+    return plan.build(recipe, folders=_checked(folders), strict=strict)
+
+
+def _checked(folders: Sequence[str]) -> Sequence[str]:
     for folder in folders:
-        if not Path(folder).is_dir():
+        if not Path(folder).expanduser().is_dir():
             raise Refusal(f"--models {folder} is not a folder")
-    return plan.build(recipe, folders=folders, strict=strict)
+    return folders
 
 
 def run(
@@ -146,7 +150,7 @@ def replay(
 
     with screen.ProgressLine() as progress:
         result = replaying.replay(
-            file, output or None, folders=models, force=force, progress=progress
+            file, output or None, folders=_checked(models), force=force, progress=progress
         )
     for text in result.notes:
         screen.note(text)
@@ -170,7 +174,7 @@ def verify(
     from plymix import replay as replaying
 
     with screen.ProgressLine() as progress:
-        verdict = replaying.verify(file, folders=models, progress=progress)
+        verdict = replaying.verify(file, folders=_checked(models), progress=progress)
     if json:
         screen.put_json({"ok": verdict.ok, "text": verdict.text})
     else:

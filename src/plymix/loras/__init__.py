@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Union
 from plymix import api, hashes
 from plymix.errors import Refusal, listed
 from plymix.formats import Source, open_model
+from plymix.recipe import LORA_KEY
 
 if TYPE_CHECKING:
     from plymix.adapters import Adapter
@@ -432,7 +433,7 @@ def _finished(
             "seed": job.seed,
         }
         title = {k: v for k, v in carried.items() if k == "modelspec.title" and job.made != "merge"}
-        own = {words.METADATA_KEY: json.dumps(recipe, sort_keys=True)}
+        own = {LORA_KEY: json.dumps(recipe, sort_keys=True)}
         said_of_all = {**carried, **about, **title, **own}
 
         def described(found: Sequence[Found]) -> tuple[list[Piece], dict[str, str]]:

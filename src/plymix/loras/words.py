@@ -11,9 +11,6 @@ from plymix import metadata as models
 from plymix.archs import Architecture
 from plymix.loras.work import Found
 
-METADATA_KEY = "plymix.lora"
-"""How a file was made, as JSON: {"made": "merge", "inputs": [{"file", "size", "sha256"}], ...}."""
-
 BASES = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0", "sd3": "sd3", "flux1": "flux1"}
 """kohya's names of base models (`ss_base_model_version`)."""
 
