@@ -745,7 +745,8 @@ def test_the_names_of_usual_models_are_the_golden_ones():
 
 def test_a_strength_of_0_leaves_out_what_a_spelling_cannot_say(tmp_path):
     file = lora_file(tmp_path / "l.safetensors", changes(1, (Q, TEXT)))
-    loras.merge([f"{file}:1:0"], tmp_path / "o.safetensors", to="peft")
+    result = loras.merge([f"{file}:1:0"], tmp_path / "o.safetensors", to="peft")
+    assert result.formula == "l.safetensors, text encoder 0"
     ends = ("lora_B.weight", "lora_A.weight")
     got = deltas(tmp_path / "o.safetensors", ends)
     module = "base_model.model." + theirs(Q).removeprefix("unet.")

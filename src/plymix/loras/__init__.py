@@ -105,8 +105,10 @@ def merge(
         raise Refusal("no LoRA is named; write plymix lora merge A:0.7 B:0.3 -o OUT")
     if any(one.rules for one in asked):
         raise Refusal("element rules (lbwe) are for plymix lora bake; give --lbw BLOCK=NUMBER")
-    terms = [(one.strength, Path(one.file).name) for one in asked]
-    formula = _formula(terms)
+    formula = _formula([(one.strength, Path(one.file).name) for one in asked])
+    if any(one.te_strength not in (None, one.strength) for one in asked):
+        text = [one.strength if one.te_strength is None else one.te_strength for one in asked]
+        formula += f", text encoder {', '.join(f'{x:.4g}' for x in text)}"
     policy = _policy(rank=rank, energy=energy, size=size)
     job = _Job("merge", formula, out, dtype, seed, dry_run, force, threads, progress)
 
