@@ -275,6 +275,7 @@ def convert(
     seed: int = 0,
     shard: int | str = 0,
     configs: PathLike = "",
+    arch: PathLike = "",
     force: bool = False,
     threads: int = 0,
     progress: ProgressCallback | None = None,
@@ -290,29 +291,40 @@ def convert(
     """
     path = output_path("", out)
     ready(path, force)
-    said = conversion(file, layout=layout, dtype=dtype, rounding=rounding, seed=seed, shard=shard)
+    said = conversion(
+        file, arch, layout=layout, dtype=dtype, rounding=rounding, seed=seed, shard=shard
+    )
     with planning.build(aimed(said, path)) as plan:
         return run(plan, path, threads=threads, configs=configs, progress=progress)
 
 
-def conversion(file: PathLike, **output: Any) -> Recipe:
+def conversion(file: PathLike, arch: PathLike = "", **output: Any) -> Recipe:
     """The recipe of a conversion: a model, no steps, and the fields of [output].
 
-    What is no model (a VAE, a LoRA) is taken key by key. Raises Refusal.
+    What is no model (a VAE, a LoRA) is taken key by key, where no `arch` is named. Raises Refusal.
     """
-    from plymix import pairing
-
-    with open_model(file) as source:
-        found = pairing.pair(source).detection
-    whole = found.arch is not None and found.kind in ("checkpoint", "denoiser")
     if isinstance(output.get("dtype"), Mapping):
         output["dtype"] = dict(output["dtype"])
     return recipes.from_dict(
         {
             "models": {"a": os.fspath(file)},
-            "output": {"from": "a", "ema": "keep", "arch": "" if whole else "any", **output},
+            "output": {
+                "from": "a",
+                "ema": "keep",
+                "arch": os.fspath(arch) or by_key(file),
+                **output,
+            },
         }
     )
+
+
+def by_key(file: PathLike) -> str:
+    """The `arch` "any" for a file that is no model of an architecture that plymix knows, or ""."""
+    from plymix import pairing
+
+    with open_model(file) as source:
+        found = pairing.pair(source).detection
+    return "" if found.arch and found.kind in ("checkpoint", "denoiser") else "any"
 
 
 def aimed(recipe: Recipe, path: Path) -> Recipe:

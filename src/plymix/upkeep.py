@@ -85,6 +85,7 @@ def extract(
     keep_prefix: bool = False,
     dtype: str | Mapping[str, str] = "keep",
     ema: str = "drop",
+    arch: PathLike = "",
     dry_run: bool = False,
     force: bool = False,
     threads: int = 0,
@@ -94,10 +95,11 @@ def extract(
 
     `component` is one that `plymix archs NAME` lists: "vae", "text_encoder", "unet", ... The result
     has the names that such files usually have, or, with `keep_prefix`, those it has in the model.
-    `ema="use"` takes the EMA weights of the denoiser. With `dry_run` nothing is written. Raises
-    Refusal.
+    `ema="use"` takes the EMA weights of the denoiser. `arch` is as for `merge`. With `dry_run`
+    nothing is written. Raises Refusal.
     """
     output = {"component": component, "prefix": keep_prefix, "dtype": dtype, "ema": ema}
+    output["arch"] = os.fspath(arch)
     recipe = _recipe(model, **output)
     return _made(recipe, out, dry_run=dry_run, force=force, threads=threads, progress=progress)
 
@@ -109,6 +111,7 @@ def prune(
     drop: Sequence[str] = (),
     ema: str = "drop",
     dtype: str | Mapping[str, str] = "keep",
+    arch: PathLike = "",
     dry_run: bool = False,
     force: bool = False,
     threads: int = 0,
@@ -118,11 +121,13 @@ def prune(
 
     EMA weights are left out, kept, or with `ema="use"` put in place of the others. `drop` names
     more: components, "schedules" (of noise), keys "unknown" to the architecture, "metadata" that
-    says nothing of the model. `dtype` is as for `merge`. With `dry_run` nothing is written. Raises
-    Refusal.
+    says nothing of the model. `dtype` and `arch` are as for `merge`. With `dry_run`
+    nothing is written. Raises Refusal.
     """
     wanted = dict.fromkeys(("leftovers", *drop))
-    recipe = _recipe(model, drop=list(wanted), ema=ema, dtype=dtype, **_any(model))
+    recipe = _recipe(
+        model, drop=list(wanted), ema=ema, dtype=dtype, arch=os.fspath(arch) or api.by_key(model)
+    )
     return _made(recipe, out, dry_run=dry_run, force=force, threads=threads, progress=progress)
 
 
@@ -149,7 +154,7 @@ def repair(
         return Upkeep(None, name, tensors, before, before)
     kinds = {one.kind for one in broken}
     named = [name for name in recipes.REPAIRS if name in kinds]
-    recipe = _recipe(model, repair=named, ema="keep", **_any(model))
+    recipe = _recipe(model, repair=named, ema="keep", arch=api.by_key(model))
     made = _made(recipe, out, dry_run=dry_run, force=force, threads=threads, progress=progress)
     return replace(made, repairs=broken)
 
@@ -160,14 +165,6 @@ def _recipe(model: PathLike, **output: Any) -> Recipe:
     if isinstance(output.get("dtype"), Mapping):
         output["dtype"] = dict(output["dtype"])
     return recipes.from_dict({"models": {name: file}, "output": output})
-
-
-def _any(model: PathLike) -> dict[str, str]:
-    """`arch = "any"` for a file that is no model of an architecture that plymix knows."""
-    with open_model(model) as source:
-        found = pairing.pair(source).detection
-    known = found.arch is not None and found.kind in ("checkpoint", "denoiser")
-    return {} if known else {"arch": "any"}
 
 
 def _made(

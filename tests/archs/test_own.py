@@ -16,7 +16,7 @@ from plymix import recipe as recipes
 from plymix.archs import own
 from plymix.archs.model import Architecture, Component, Rule, Variant
 from plymix.errors import FormatError, Refusal
-from plymix.replay import replay
+from plymix.replay import replay, verify
 from small import coded, load, save
 from tiny import golden, header, write
 
@@ -57,6 +57,21 @@ def test_blocks_of_a_described_architecture(lumen):
     assert merged(lumen, alpha=1.0, vae="b")["vae.x"] == 2
     by_name = merged(lumen, alpha={"blocks": {"B00-B03": 1.0}})
     assert [by_name[key] for key in KEYS] == [1, 1, 2, 2, 2, 2, 1]
+
+
+def test_its_components_are_converted_taken_out_and_dropped(lumen):
+    """fp16 for the transformer alone; a part has its names without their prefix."""
+    one, arch = lumen / "a.safetensors", lumen / "lumen.toml"
+    plymix.convert(one, lumen / "c.safetensors", dtype="transformer=fp16", arch=arch)
+    plymix.extract(one, "text_encoder", lumen / "t.safetensors", arch=arch)
+    plymix.prune(one, lumen / "p.safetensors", drop=["vae"], arch=arch)
+    were, got = load(one)[0], load(lumen / "c.safetensors")[0]
+    assert {key for key in were if got[key][0] == "F16"} == set(KEYS)
+    assert all((got[key][1] == were[key][1]).all() for key in were)
+    assert load(lumen / "t.safetensors")[0].keys() == {"q.weight"}
+    assert load(lumen / "p.safetensors")[0].keys() == were.keys() - {"vae.x"}
+    for name in "ctp":
+        assert verify(lumen / f"{name}.safetensors").ok
 
 
 def test_the_recipe_carries_the_description(lumen):

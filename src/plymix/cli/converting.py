@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from plymix.cli.options import (
+    Arch,
     Configs,
     DryRun,
     Dtypes,
@@ -38,6 +39,7 @@ def convert(
     seed: Seed = 0,
     shard: Shard = "",
     configs: Configs = "",
+    arch: Arch = "",
     force: Force = False,
     threads: Threads = 0,
     dry_run: DryRun = False,
@@ -54,7 +56,13 @@ def convert(
     api.ready(path, force)
     checked_threads(threads)
     recipe = api.conversion(
-        model, layout=layout or "", dtype=dtype, rounding=rounding, seed=seed, shard=shard or 0
+        model,
+        arch,
+        layout=layout or "",
+        dtype=dtype,
+        rounding=rounding,
+        seed=seed,
+        shard=shard or 0,
     )
     with planned(api.aimed(recipe, path)) as plan:
         if dry_run:

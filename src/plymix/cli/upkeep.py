@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from plymix.cli import screen
-from plymix.cli.options import Dtypes, Force, Json, OneFile, Output, Threads, argument, option
+from plymix.cli.options import Arch, Dtypes, Force, Json, OneFile, Output, Threads, argument, option
 from plymix.cli.options import checked_threads as checked
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def extract(
     ema: Annotated[
         Literal["drop", "use"], option("use: the denoiser's EMA weights in place of the others.")
     ] = "drop",
+    arch: Arch = "",
     dry_run: Preview = False,
     force: Force = False,
     threads: Threads = 0,
@@ -49,7 +50,7 @@ def extract(
     """
     from plymix import upkeep
 
-    options = {"keep_prefix": keep_prefix, "dtype": dtype, "ema": ema}
+    options = {"keep_prefix": keep_prefix, "dtype": dtype, "ema": ema, "arch": arch}
     _show(_done(upkeep.extract, file, component, output, dry_run, force, threads, options), json)
 
 
@@ -71,6 +72,7 @@ def prune(
         Ema, option("EMA weights: leave out, keep, or use in place of the others.")
     ] = "drop",
     dtype: Dtypes = "keep",
+    arch: Arch = "",
     dry_run: Preview = False,
     force: Force = False,
     threads: Threads = 0,
@@ -82,7 +84,7 @@ def prune(
     """
     from plymix import upkeep
 
-    options = {"drop": drop, "ema": ema, "dtype": dtype}
+    options = {"drop": drop, "ema": ema, "dtype": dtype, "arch": arch}
     _show(_done(upkeep.prune, file, None, output, dry_run, force, threads, options), json)
 
 
