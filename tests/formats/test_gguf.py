@@ -742,6 +742,19 @@ def test_a_result_says_its_architecture_as_comfyui_gguf_reads_it(tmp_path, arch,
     assert replay.verify(tmp_path / "m.gguf").ok
 
 
+def test_packed_to_packed_is_copied_in_whole_blocks(tmp_path):
+    """Q8_0 again is the same Q8_0 (its largest code is 127), more than one step of a copy long."""
+    shapes = {"a.weight": (33, 64), "b.weight": (2048, 1024), "c.bias": (33,)}
+    tensors = {k: draw("F16", s, seed=i) for i, (k, s) in enumerate(shapes.items())}
+    first, second = tmp_path / "one.gguf", tmp_path / "two.gguf"
+    plymix.convert(save(tmp_path / "a.safetensors", tensors), first, dtype="q8_0")
+    plymix.convert(first, second, dtype="q8_0")
+    assert {k: v[3] for k, v in contents(second).items()} == {
+        k: v[3] for k, v in contents(first).items()
+    }
+    assert replay.verify(second).ok
+
+
 def test_verify_reads_packed_results_where_they_lie(tmp_path):
     """A changed byte in a block of Q8_0 is told by the tensor that it belongs to."""
     shapes = {"a.weight": (40, 64), "b.weight": (64, 32), "c.bias": (33,)}

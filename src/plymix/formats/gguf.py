@@ -407,7 +407,10 @@ def layout(entries: Sequence[Entry], metadata: Mapping[str, str]) -> Layout:
     pieces: list[Piece] = [(0, head)]
     spans: list[Span] = []
     encoded: dict[str, tuple[int, int]] = {}
-    virtual = size + ALIGNMENT  # not where the last tensor ends: nothing real joins the virtual
+    # Not where the last tensor ends, for nothing real joins the virtual; and a multiple of a block,
+    # so that the engine's steps, which end at round offsets, are whole blocks.
+    block = 4 * Q8_0.elements
+    virtual = (size // block + 2) * block
     for e, at in places:
         offsets[e.name] = start + at
         if e.encoding:
