@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from difflib import SequenceMatcher, get_close_matches
 
 LONGEST = 2_000
 """Characters of a message at most: what a file calls its tensors may be of any length."""
@@ -63,6 +62,8 @@ def nearest(name: str, known: Iterable[str]) -> list[str]:
     Names that begin with it, else that have it as a word, else that are spelt much alike: 'GRAD' is
     GRAD_A or GRAD_V, 'dare' is ties_dare, 'IN9' is IN09. None rather than a far-fetched one.
     """
+    from difflib import SequenceMatcher, get_close_matches
+
     asked = name.casefold()
     folded = {n.casefold(): n for n in known}
     begun = [n for n in folded if n.startswith(asked)]

@@ -6,10 +6,8 @@ modification time, inode) in the user's cache folder (`PLYMIX_CACHE` names anoth
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -80,6 +78,8 @@ def model_sha256(files: Sequence[Path], stopped: Callable[[], bool] = lambda: Fa
     """
     if len(files) == 1:
         return sha256(files[0], stopped)
+    import hashlib
+
     folder = Path(os.path.commonpath([f.parent for f in files]))
     lines = [f"{sha256(f, stopped)}  {f.relative_to(folder).as_posix()}\n" for f in files]
     return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
@@ -100,6 +100,8 @@ def legacy_hash(path: Path) -> str:
 
 
 def _digest(path: Path, start: int, length: int | None, stopped: Callable[[], bool]) -> str:
+    import hashlib
+
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(CHUNK))
     with _opened(path) as file:
@@ -116,6 +118,8 @@ def _digest(path: Path, start: int, length: int | None, stopped: Callable[[], bo
 
 def _remember(identity: str, value: str) -> None:
     """Best effort: a cache that cannot be written is no reason to fail."""
+    import tempfile
+
     with _lock:
         known = _load()
         path = identity.split("|", 1)[0]

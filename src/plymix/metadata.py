@@ -7,7 +7,6 @@ place-holders of the same length (`pending`), which the engine replaces when the
 
 from __future__ import annotations
 
-import datetime
 import json
 import math
 import os
@@ -36,6 +35,8 @@ def pending(i: Input) -> str:
 def today() -> str:
     """The date a result carries (ISO 8601, UTC), or that of SOURCE_DATE_EPOCH."""
     epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
+    import datetime
+
     utc = datetime.timezone.utc
     if epoch and not epoch.isdecimal():
         raise Refusal(f"SOURCE_DATE_EPOCH = {epoch!r} is not a number of seconds")

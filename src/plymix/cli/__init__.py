@@ -62,18 +62,32 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 def main() -> int:
     """The console script `plymix`."""
-    return _entry(sys.argv[1:])
+    return _left(_entry(sys.argv[1:]))
 
 
 def main_mbw() -> int:
     """The console script `merge_block_weighted`: `plymix mbw` under its old name."""
-    return _entry(["mbw", *sys.argv[1:]], prog="merge_block_weighted")
+    return _left(_entry(["mbw", *sys.argv[1:]], prog="merge_block_weighted"))
+
+
+def _left(code: int) -> int:
+    """End the process now: to take a large plan apart value by value costs as much as to draw it.
+
+    Everything that must be finished is by then. Where a stream cannot be flushed, Python's own end
+    says so.
+    """
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        return code
+    os._exit(code)
 
 
 def _entry(words: Sequence[str], prog: str = "") -> int:
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")  # plymix has threads of its own, and results stay the same
-    gc.set_threshold(100_000)  # a plan is tens of thousands of values without a cycle
+    gc.set_threshold(1_000_000)  # a plan is tens of thousands of values without a cycle
     if hasattr(signal, "SIGTERM"):
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill ends as Ctrl-C does
     return run(words, prog)
