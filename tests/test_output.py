@@ -562,3 +562,11 @@ def test_a_layout_of_what_has_no_table(tmp_path):
     with pytest.raises(Refusal, match=r"not know|know the configuration|give a diffusers folder"):
         plymix.convert(file, tmp_path / "folder")
     assert [p.name for p in tmp_path.iterdir()] == ["r.safetensors"]
+
+
+def test_configs_are_for_folders(tmp_path):
+    tiny.write(tmp_path / "a.safetensors", "sd1")
+    with pytest.raises(Refusal, match="--configs is for diffusers folders; o.safetensors is"):
+        plymix.convert(
+            tmp_path / "a.safetensors", tmp_path / "o.safetensors", configs=str(tmp_path)
+        )

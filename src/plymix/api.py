@@ -423,6 +423,10 @@ def run(
 
         gpu.require(device)
     notes: list[str] = []
+    if configs and not is_folder_name(path):
+        raise Refusal(
+            f"--configs is for diffusers folders, and {path.name} is a file; leave it out"
+        )
     tensors, layout = plan.layout(path, metadata.build(plan), _configs(configs, notes))
     late = {metadata.pending(i): _hasher(i.source.files, plan.recipe, i) for i in plan.inputs}
     sources = plan.sources
@@ -451,7 +455,7 @@ def run(
         seconds=written.seconds,
         merged=plan.merged,
         copied=plan.copied,
-        dropped=sum(len(keys) for rules in plan.dropped.values() for keys in rules.values()),
+        dropped=plan.unused,
         unmatched=sum(map(len, plan.unmatched.values())),
         notes=(*plan.notes, *notes, *_spoilt(written.nonfinite)),
     )

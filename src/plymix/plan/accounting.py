@@ -11,7 +11,7 @@ from plymix.expr import (
     leaves,
 )
 from plymix.plan.making import Making
-from plymix.plan.values import Input, Plan
+from plymix.plan.values import READ, Input, Plan
 
 
 class Planner(Making):
@@ -112,7 +112,7 @@ class Planner(Making):
                 read = any((i.index, info.name) in used for info in module.factors.values())
                 factors = {info.name for info in module.factors.values()}
                 idle = [key for key in module.keys if not read or key not in factors]
-                why = "read when planning" if read else "weight 0"
+                why = READ if read else "weight 0"
                 rules.setdefault(why, []).extend(idle)
         return {why: tuple(keys) for why, keys in rules.items() if keys}, applied.unmatched
 

@@ -30,6 +30,9 @@ from plymix.recipe import Recipe
 MAX_IDS = 1 << 16
 """More position ids than this are none: CLIP has 77."""
 
+READ = "read when planning"
+"""What becomes of keys whose numbers are in the plan itself: a LoRA's alphas."""
+
 ANY = "ALL"
 """The one block of a plain merge by key (`arch = "any"`)."""
 
@@ -109,6 +112,12 @@ class Plan:
     @property
     def copied(self) -> int:
         return sum(f.how == "copied" for f in self.fates.values())
+
+    @property
+    def unused(self) -> int:
+        """Keys of the inputs that a rule left out of the result."""
+        rules = (rule for by_rule in self.dropped.values() for rule in by_rule.items())
+        return sum(len(keys) for why, keys in rules if why != READ)
 
     @cached_property
     def bytes_read(self) -> int:
