@@ -566,7 +566,7 @@ def test_a_layout_of_what_has_no_table(tmp_path):
 
 def test_configs_are_for_folders(tmp_path):
     tiny.write(tmp_path / "a.safetensors", "sd1")
-    with pytest.raises(Refusal, match="--configs is for diffusers folders; o.safetensors is"):
+    with pytest.raises(Refusal, match="--configs is for diffusers folders, and o"):
         plymix.convert(
             tmp_path / "a.safetensors", tmp_path / "o.safetensors", configs=str(tmp_path)
         )

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -27,6 +27,9 @@ import numpy as np
 
 BLOCK = 1 << 16
 """Elements computed at a time: three float32 rows of it stay in a 1 MiB cache."""
+
+LONGEST = 1 << 30
+"""No limit: for sums that keep no rows."""
 
 NUMPY = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16,
@@ -79,8 +82,17 @@ def _lost(terms: Sequence[Term], out: str) -> list[Any]:
     ]
 
 
+def _suspect(measured: list[tuple[Any, int]]) -> int:
+    """The code that a sum's must be below for any of its terms to make it a suspect; 0 for none."""
+    most = 0
+    for x, lost in measured:
+        largest = max(int(x.view(np.int16).max()), int(x.max()) & 0x7FFF)
+        most = max(most, largest - lost)
+    return most
+
+
 class Sum:
-    """`out = sum(c_i * x_i)` for fixed coefficients and dtypes, on buffers of up to BLOCK elements.
+    """`out = sum(c_i * x_i)` for fixed coefficients and dtypes, on up to `most` elements.
 
     Call it with `(n, inputs, out)`, byte buffers that hold n elements. Not thread-safe: the scratch
     rows are its own; make one per thread.
@@ -95,6 +107,9 @@ class Sum:
         self.cast = len(terms) == 1 and terms[0][0] == 1.0
         self.fused = len(terms) > 1 and out in ("F16", "BF16") and {d for _, d in terms} == {out}
         self._exact = _pieces(terms, 53)
+        # one call for a pair, that keeps no rows between; its results are the same in any pieces
+        whole = self.fused and len(terms) == 2 and isinstance(self.do, NumKong)
+        self.most = LONGEST if whole else BLOCK
         wide = 0 if self.cast or self.fused else 3
         self._rows = [np.empty(BLOCK, np.float64) for _ in range(wide)]
         self._single = np.empty(BLOCK, np.float32)
@@ -132,12 +147,12 @@ class Sum:
 
     def _sum_fused(self, n: int, views: list[Any], result: Any) -> None:
         """Multiply-add after multiply-add in float32; what cancels once more in float64."""
-        do, single = self.do, self._single[:n]
+        do = self.do
         (c0, _), (c1, _), *others = self.terms
         if not others:
             do.pair(views[0], views[1], c0, c1, self.out, result)
         else:
-            total = self._chain[:n]
+            total, single = self._chain[:n], self._single[:n]
             do.widen(views[0], self.out, total)
             do.widen(views[1], self.out, single)
             do.blend(total, single, c0, c1, total)
@@ -145,11 +160,20 @@ class Sum:
                 do.widen(view, dtype, single)
                 do.blend(total, single, 1.0, c, total)
             do.narrow(total, self.out, result)
-        again = self._cancelled(n, [v.view(np.uint16) for v in views], result.view(np.uint16))
-        if again.size:
-            fixed = np.empty(again.size, result.dtype)
-            do.narrow(self._in_float64(views, again), self.out, fixed)
-            result[again] = fixed
+        measured = [(v.view(np.uint16), int(lost)) for v, lost in self._measured(views)]
+        most = _suspect(measured)
+        for at in range(0, n, BLOCK) if most > 0 else ():
+            part = slice(at, min(at + BLOCK, n))
+            codes = [(x[part], lost) for x, lost in measured]
+            again = self._cancelled(most, codes, result[part].view(np.uint16))
+            if again.size:
+                fixed = np.empty(again.size, result.dtype)
+                do.narrow(self._in_float64([v[part] for v in views], again), self.out, fixed)
+                result[part][again] = fixed
+
+    def _measured(self, views: list[Any]) -> Iterable[tuple[Any, Any]]:
+        """The terms that tell whether they cancel; of two, one is as good as the other."""
+        return zip(views if len(views) > 2 else views[:1], self._lost, strict=False)
 
     def _in_float64(self, views: list[Any], at: Any) -> Any:
         """The sum of the elements `at`, as float32."""
@@ -162,20 +186,13 @@ class Sum:
             high, low = high + hi * x, low + lo * x
         return (high + low).astype(np.float32)
 
-    def _cancelled(self, n: int, terms: list[Any], result: Any) -> Any:
+    def _cancelled(self, most: int, measured: list[tuple[Any, int]], result: Any) -> Any:
         """Where the sum is too many powers of two smaller than one of its terms.
 
-        Without its sign, the code of a float is its logarithm but for the fraction's curve. Of two
-        terms that cancel, one is as good a measure as the other.
+        Without its sign, the code of a float is its logarithm but for the fraction's curve.
         """
+        n = result.size
         found = self._codes[:n]
-        measured = list(zip(terms if len(terms) > 2 else terms[:1], self._lost, strict=False))
-        most = 0  # what a sum must be smaller than for any of the terms to make it a suspect
-        for x, lost in measured:
-            largest = max(int(x.view(np.int16).max()), int(x.max()) & 0x7FFF)
-            most = max(most, largest - int(lost))
-        if most <= 0:
-            return np.empty(0, np.intp)
         np.bitwise_and(result, 0x7FFF, out=found)
         np.less(found, most, out=self._flags[:n])
         self._flags[n:] = False
@@ -186,7 +203,7 @@ class Sum:
         small = found[near].astype(np.int32)
         guilty = np.zeros(near.size, np.bool_)
         for x, lost in measured:
-            guilty |= small + int(lost) < (x[near] & 0x7FFF)
+            guilty |= small + lost < (x[near] & 0x7FFF)
         return near[guilty]
 
     def _sum_wide(self, n: int, views: list[Any], result: Any) -> None:

@@ -43,7 +43,7 @@ HELD = 1 << 21
 """Elements of LoRAs' factors that a worker keeps for the chunks that follow; of those for a larger
 tensor, as many as it has."""
 
-ROOM = 1 << 20
+ROOM = 2 << 20
 """Bytes of all buffers together that a sum is computed in; they stay in the processor's cache."""
 
 
@@ -296,11 +296,11 @@ def _widen(data: Any, dtype: str, out: Any) -> None:
 
 
 def _add(total: kernels.Sum, n: int, inputs: Sequence[memoryview], out: memoryview) -> None:
-    """`total` of n elements, in blocks."""
+    """`total` of n elements, in as large pieces as it takes."""
     sizes = [BITS[dtype] // 8 for _, dtype in total.terms]
     size = BITS[total.out] // 8
-    for a in range(0, n, kernels.BLOCK):
-        b = min(a + kernels.BLOCK, n)
+    for a in range(0, n, total.most):
+        b = min(a + total.most, n)
         parts = [x[a * s : b * s] for x, s in zip(inputs, sizes, strict=True)]
         total(b - a, parts, out[a * size : b * size])
 
