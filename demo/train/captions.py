@@ -54,7 +54,8 @@ class Concept(NamedTuple):
 
 def table() -> dict[str, Any]:
     with open(Path(__file__).with_name("concepts.toml"), "rb") as file:
-        return tomllib.load(file)
+        found: dict[str, Any] = tomllib.load(file)
+    return found
 
 
 def concepts(
