@@ -91,7 +91,8 @@ class Worker:
     def _sum(self, item: SumItem) -> None:
         total = self._total(tuple((o.c, o.dtype) for o in item.operands), item.dtype)
         size = BITS[item.dtype] // 8
-        fits = ROOM // (size + sum(o.size for o in item.operands))
+        room = ROOM if total.most > kernels.BLOCK else ROOM // 2  # its own rows take the rest
+        fits = room // (size + sum(o.size for o in item.operands))
         chunk = fits - fits % kernels.BLOCK or fits
         at = item.at if self.job.target.waits and item.at % size == 0 else 0
         for start, nbytes in steps(at, item.nbytes, chunk * size):
