@@ -163,7 +163,7 @@ CASES: tuple[Case, ...] = (
     Case(
         "mbw-first",
         "sd1",
-        "the same, inputs never seen (hashed meanwhile); held against the row above",
+        "the gradient, inputs never seen (hashed meanwhile); held against the first row",
         MBW,
         MBW,
         ratio=2.0,
