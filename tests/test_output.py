@@ -570,3 +570,12 @@ def test_configs_are_for_folders(tmp_path):
         plymix.convert(
             tmp_path / "a.safetensors", tmp_path / "o.safetensors", configs=str(tmp_path)
         )
+
+
+def test_a_pipeline_is_no_component_of_another(tmp_path):
+    tiny.write(tmp_path / "a.safetensors", "sd1")
+    plymix.convert(tmp_path / "a.safetensors", tmp_path / "model")
+    before = {p: p.read_bytes() for p in (tmp_path / "model").rglob("*") if p.is_file()}
+    with pytest.raises(Refusal, match="would be a component of the pipeline model"):
+        plymix.convert(tmp_path / "a.safetensors", tmp_path / "model" / "unet", force=True)
+    assert before == {p: p.read_bytes() for p in (tmp_path / "model").rglob("*") if p.is_file()}

@@ -82,7 +82,8 @@ def settings_of(args: argparse.Namespace, work: Path) -> Settings:
     if args.resume:
         if not file.exists():
             raise Refusal(f"nothing to resume: {file} does not exist")
-        if args.hours or args.preset or args.steps or args.concepts or args.seed is not None:
+        given = (args.hours, args.preset, args.steps, args.concepts, args.most, args.seed)
+        if any(value is not None for value in given):
             raise Refusal("--resume goes on with the settings there are; give none beside it")
         return msgspec.json.decode(file.read_bytes(), type=Settings)
     if file.exists():
@@ -92,7 +93,8 @@ def settings_of(args: argparse.Namespace, work: Path) -> Settings:
         raise Refusal(f"unknown device {args.device!r}; use cpu or cuda")
     hours = args.hours or HOURS[kind][args.preset or "full"]
     found = preset(kind, hours, args.seed or 0)
-    changes: dict[str, Any] = {"concepts": args.concepts} if args.concepts else {}
+    asked = {"concepts": args.concepts, "most": args.most}
+    changes: dict[str, Any] = {key: value for key, value in asked.items() if value}
     for word in args.steps or ():
         name, equals, steps = word.partition("=")
         if name not in SHARES or not equals or not steps.isdigit() or steps == "0":
@@ -111,6 +113,7 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--steps", action="append", metavar="STAGE=N",
                    help="steps instead of time, to repeat a run: vae, text, a, b")  # fmt: skip
     p.add_argument("--concepts", choices=["core", "all"], help="core on a CPU, all on a GPU")
+    p.add_argument("--most", type=int, metavar="N", help="only the first N concepts")
     p.add_argument("--seed", type=int)
     p.add_argument("--icons", type=Path, metavar="DIR",
                    help="has npm's archives of the icons, or icons.npz; else npm runs")  # fmt: skip

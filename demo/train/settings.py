@@ -48,7 +48,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     warmup: int = 100
     unet_widths: tuple[int, ...] = (32, 64, 80, 80)
     unet_groups: int = 8
-    unet_heads: int = 8
+    unet_heads: int = 2
     vae_widths: tuple[int, ...] = (16, 32, 48, 48)
     vae_groups: int = 8
     text_width: int = 48
@@ -58,11 +58,11 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tower_features: int = 64
 
 
-SHARES = {"vae": 0.24, "text": 0.10, "a": 0.42, "b": 0.20}
+SHARES = {"vae": 0.19, "text": 0.08, "a": 0.46, "b": 0.24}
 """Of the time asked for; what is left is for drawing, encoding and writing."""
 
 BATCHES = {
-    "cpu": {"vae": 8, "text": 96, "a": 16, "b": 16},
+    "cpu": {"vae": 8, "text": 96, "a": 24, "b": 24},
     "cuda": {"vae": 64, "text": 512, "a": 512, "b": 512},
 }
 RATES = {

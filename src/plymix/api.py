@@ -27,6 +27,7 @@ from plymix.errors import Refusal, listed, unknown
 from plymix.expr import Leaf
 from plymix.formats import Source, is_folder_name, open_model, writer_for
 from plymix.formats.base import Content
+from plymix.formats.diffusers import MODEL_INDEX
 from plymix.plan import Input, Plan, available_cpus
 from plymix.recipe import BLEND, Recipe
 from plymix.registry import get_method
@@ -426,6 +427,11 @@ def run(
     if configs and not is_folder_name(path):
         raise Refusal(
             f"--configs is for diffusers folders, and {path.name} is a file; leave it out"
+        )
+    if plan.folder and is_folder_name(path) and (path.parent / MODEL_INDEX).is_file():
+        raise Refusal(
+            f"{path} would be a component of the pipeline {path.parent.name}, and the result is a"
+            " pipeline itself; name a folder outside"
         )
     tensors, layout = plan.layout(path, metadata.build(plan), _configs(configs, notes))
     late = {metadata.pending(i): _hasher(i.source.files, plan.recipe, i) for i in plan.inputs}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from plymix.cli import screen
-from plymix.cli.options import Dtype, Force, Json, Threads, argument, checked_threads, option
+from plymix.cli.options import Dtype, Force, Json, Lbw, Threads, argument, checked_threads, option
 
 if TYPE_CHECKING:
     from plymix.loras import Made
@@ -67,14 +67,7 @@ def merge(
     rank: Rank = 0,
     energy: Energy = 0.0,
     size: Size = "",
-    lbw: Annotated[
-        str,
-        option(
-            "Factor of each block: a preset (IND), a list, or names (IN05-OUT03=0.5,M00).",
-            default=False,
-            metavar="PRESET|LIST|NAMES",
-        ),
-    ] = "",
+    lbw: Lbw = "",
     to: Spelling = None,
     base: Base = "",
     dtype: Annotated[Dtype, option("Number format of the result.")] = "keep",

@@ -11,6 +11,7 @@ from plymix.cli.options import (
     Dtype,
     Force,
     Json,
+    Lbw,
     OnDevice,
     Output,
     Threads,
@@ -46,14 +47,7 @@ def bake(
     /,
     *loras: Annotated[str, argument("FILE, FILE:STRENGTH, FILE:STRENGTH:TEXT_STRENGTH or a tag.")],
     output: Output = "",
-    lbw: Annotated[
-        str,
-        option(
-            "Factor of each block: a preset (IND), a list, or names (IN05-OUT03=0.5,M00).",
-            default=False,
-            metavar="PRESET|LIST|NAMES",
-        ),
-    ] = "",
+    lbw: Lbw = "",
     rules: Annotated[
         tuple[str, ...],
         option(

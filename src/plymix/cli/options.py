@@ -113,6 +113,14 @@ Settings = Annotated[
         metavar="PATH=VALUE",
     ),
 ]
+Lbw = Annotated[
+    str,
+    option(
+        "Factor of each block: a preset (IND), a list, or names (IN05-OUT03=0.5,M00).",
+        default=False,
+        metavar="PRESET|LIST|NAMES",
+    ),
+]
 
 
 Presets = Annotated[
