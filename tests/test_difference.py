@@ -263,7 +263,7 @@ def test_tensors_of_two_shapes(pair, tmp_path):
 
 def test_what_cannot_be_compared(pair, tmp_path):
     xl = tiny.write(tmp_path / "xl.safetensors", "sdxl")
-    with pytest.raises(Refusal, match=r"a\.safetensors is SD1 .* xl\.safetensors is SDXL"):
+    with pytest.raises(Refusal, match=r"a\.safetensors is an SD1 .* xl\.safetensors is an SDXL"):
         plymix.diff(pair[0], xl)
     stranger = save(tmp_path / "s.safetensors", {"foo": ("F32", np.ones(2, "f4"))})
     with pytest.raises(Refusal, match="share no tensor"):

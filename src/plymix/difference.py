@@ -131,6 +131,10 @@ class Side:
         return self.paired.detection.title
 
     @property
+    def named(self) -> str:
+        return self.paired.detection.named
+
+    @property
     def components(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(p.component for p in self.places.values() if not p.buffer))
 
@@ -140,7 +144,7 @@ def _sides(a: Source, b: Source) -> tuple[Side, Side]:
     archs = [p.detection.arch if _is_model(p) else None for p in found]
     if archs[0] and archs[1] and archs[0] != archs[1]:
         titles = " and ".join(
-            f"{s.path.name} is {p.detection.title}" for s, p in zip((a, b), found, strict=True)
+            f"{s.path.name} is {p.detection.named}" for s, p in zip((a, b), found, strict=True)
         )
         raise Refusal(f"{titles}: they cannot be compared; choose two models of one architecture")
     arch = archs[0] or archs[1]
@@ -156,7 +160,7 @@ def _sides(a: Source, b: Source) -> tuple[Side, Side]:
     one, other = (_side(s, p, arch, there) for s, p in zip((a, b), found, strict=True))
     if not one.tensors.keys() & other.tensors.keys():
         raise Refusal(
-            f"{one.label} is {one.title} and {other.label} is {other.title}: they share no tensor,"
+            f"{one.label} is {one.named} and {other.label} is {other.named}: they share no tensor,"
             " so there is nothing to compare"
         )
     return one, other

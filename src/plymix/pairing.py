@@ -153,7 +153,7 @@ def _unknown(source: Source, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]
     """A folder without a denoiser that plymix knows; what it has is said."""
     inside = ((name, archs.detect(group)) for name, group in shapes.items())
     name, found = max(inside, key=lambda at: at[1].kind == "denoiser")
-    title = f"a diffusers folder of {listed(shapes)}; its {name} is {found.title}"
+    title = f"a diffusers folder of {listed(shapes)}; its {name} is {found.named}"
     return Paired(Detection(None, "base", "folder", title, seen=found.seen), source.tensors)
 
 

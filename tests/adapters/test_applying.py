@@ -329,7 +329,7 @@ def test_a_lora_for_another_architecture_is_refused_naming_both(folder, tmp_path
         UNET + "middle_block.1.transformer_blocks.0.attn2.to_v.weight",
     ]
     file = lora_file(tmp_path / "xl.safetensors", {k: lora(h[k][1]) for k in keys})
-    refused(folder, [file], r"xl.safetensors is LoRA for SDXL.* and a.safetensors is SD1")
+    refused(folder, [file], r"xl.safetensors is a LoRA for SDXL.* and a.safetensors is an SD1")
 
 
 def test_a_shape_that_does_not_fit_is_refused(folder, tmp_path):
@@ -338,8 +338,8 @@ def test_a_shape_that_does_not_fit_is_refused(folder, tmp_path):
 
 
 def test_a_model_is_no_lora_and_a_lora_no_model(folder, tmp_path):
-    refused(folder, [folder / "b.safetensors"], "b.safetensors is not a LoRA: it is SD1 checkpoint")
-    refused(folder, [folder / "x.safetensors"], "x.safetensors is LoRA for SD1", base="x")
+    refused(folder, [folder / "b.safetensors"], "b.safetensors is not a LoRA: it is an SD1 checkpoint")
+    refused(folder, [folder / "x.safetensors"], "x.safetensors is a LoRA for SD1", base="x")
     twice = {f"{name(Q)}.lora_A.{n}.weight": ("F32", np.ones((2, 8))) for n in ("one", "two")}
     refused(folder, [save(tmp_path / "t.safetensors", twice)], "two adapters")
     steps = {"s": step(["x"]), "t": step(["s"], model="b")}

@@ -116,8 +116,8 @@ def test_dry_run_and_json_write_what_they_say(folder, capsys):
     [
         (("base.safetensors",), "no LoRA is named"),
         (("base.safetensors", "none.safetensors"), "none.safetensors does not exist"),
-        (("base.safetensors", "base.safetensors"), "is not a LoRA: it is SD1 checkpoint"),
-        (("x.safetensors", "x.safetensors"), "x.safetensors is LoRA for SD1"),
+        (("base.safetensors", "base.safetensors"), "is not a LoRA: it is an SD1 checkpoint"),
+        (("x.safetensors", "x.safetensors"), "x.safetensors is a LoRA for SD1"),
         (("base.safetensors", "<lora:nome:1>"), "no LoRA called nome"),
         (("base.safetensors", "<lora:xx:1>"), "no LoRA called xx in .: "),
         (("base.safetensors", "<lora:x:1:start=0.2>"), "while an image is drawn"),

@@ -26,13 +26,13 @@ SNIFFED = 1 << 20
 
 @dataclass(frozen=True)
 class Model:
-    """What a LoRA is to be applied to: its tensors by canonical key. `title` and `label` are for
+    """What a LoRA is to be applied to: its tensors by canonical key. `named` and `label` are for
     people, `given` says whose the components are that come whole from another file."""
 
     arch: Architecture
     shapes: Shapes
     label: str
-    title: str
+    named: str
     given: Mapping[str, str]
 
 
@@ -143,13 +143,13 @@ def _nothing(adapter: Adapter, model: Model, names: list[str]) -> Refusal:
     name, theirs = adapter.source.path.name, adapter.detection.arch
     if theirs not in (None, model.arch):
         return Refusal(
-            f"{name} is {adapter.detection.title} and {model.label} is {model.title}: they do not"
+            f"{name} is {adapter.detection.named} and {model.label} is {model.named}: they do not"
             f" fit; choose a LoRA made for {model.arch.short}"
         )
     named = f" ({listed(names, 3)})" if names else ""
     return Refusal(
         f"none of the {len(adapter.modules)} modules of {name}{named} is in {model.label}, which is"
-        f" {model.title}: nothing would change; choose a LoRA made for it"
+        f" {model.named}: nothing would change; choose a LoRA made for it"
     )
 
 
@@ -175,11 +175,11 @@ def _check_shape(module: Module, target: Target, adapter: Adapter, model: Model)
         if adapter.detection.arch not in (None, model.arch):
             raise _nothing(adapter, model, [])
         made = " x ".join("any" if n is None else str(n) for n in module.size)
-        of = adapter.detection.title
+        of = adapter.detection.named
         raise Refusal(
             f"{adapter.source.path.name}: {module.name} changes a weight of {made}; in"
             f" {model.label} it is {' x '.join(map(str, wanted))} ({target.key}): {of} does not fit"
-            f" {model.title}"
+            f" {model.named}"
         )
 
 

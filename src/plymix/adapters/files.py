@@ -111,7 +111,7 @@ def read(source: Source) -> Adapter:
         if modules:
             return Adapter(source, detection, modules, others)
     raise Refusal(
-        f"{source.path.name} is not a LoRA: it is {detection.title}; name a LoRA or one of its kin"
+        f"{source.path.name} is not a LoRA: it is {detection.named}; name a LoRA or one of its kin"
         " (LoCon, LoHa, LoKr, DoRA, ...)"
     )
 

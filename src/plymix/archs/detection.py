@@ -56,6 +56,11 @@ class Detection:
     dialect: str = ""
     seen: str = ""
 
+    @property
+    def named(self) -> str:
+        """`title` with its article: what a file is, in a sentence."""
+        return _articled(self.title)
+
     def require(self, file: str) -> Architecture:
         """The architecture of `file`, which is to be merged as a model.
 
@@ -66,9 +71,18 @@ class Detection:
         known = ", ".join(load(name).short for name in names())
         seen = f" (it has {_shown(self.seen)})" if self.seen else ""
         raise Refusal(
-            f"{file} is not a model that can be merged: it is {self.title}{seen};"
+            f"{file} is not a model that can be merged: it is {self.named}{seen};"
             f" plymix merges {known}"
         )
+
+
+def _articled(title: str) -> str:
+    """'an SD1 checkpoint', 'a VAE file': as it is said, with letters by their names."""
+    if title.startswith(("unknown", "a ")):
+        return title
+    spelt = not title[1:2].islower()  # SDXL, U-Net, T5
+    vowel = title[0] in "AEFHILMNORSX" if spelt else title[0].lower() in "aeiou"
+    return f"{'an' if vowel else 'a'} {title}"
 
 
 def detect(shapes: Shapes, own: Architecture | None = None) -> Detection:

@@ -40,12 +40,12 @@ def parts(plan: Plan) -> dict[str, tuple[Tensor, ...]]:
     if arch is None or arch.name not in COMPONENTS:
         known = ", ".join(name.upper() for name in COMPONENTS)
         raise Refusal(
-            f"{plan.base.label} is {plan.base.detection.title}; pictures in this process are for"
+            f"{plan.base.label} is {plan.base.detection.named}; pictures in this process are for"
             f" {known}: use --backend comfyui or a1111 for others"
         )
     if plan.base.detection.variant != "base":
         raise Refusal(
-            f"{plan.base.label} is {plan.base.detection.title}, which paints on pictures; compare"
+            f"{plan.base.label} is {plan.base.detection.named}, which paints on pictures; compare"
             " draws from text alone"
         )
     home = {plan.places[t.name].key: t for t in plan.tensors}

@@ -359,7 +359,7 @@ def _of_loras(
             if arch not in (None, own):
                 raise Refusal(
                     f"{Path(base).name} is {own.title} and {adapters[0].source.path.name} is"
-                    f" {adapters[0].detection.title}: they do not fit"
+                    f" {adapters[0].detection.named}: they do not fit"
                 )
             arch, model = own, {key: info.shape for key, info in tensors.items()}
         found = gather(
@@ -385,8 +385,8 @@ def _architecture(adapters: Sequence[Adapter]) -> Architecture | None:
     if len(found) > 1:
         one, other = list(found.values())[:2]
         raise Refusal(
-            f"{one.source.path.name} is {one.detection.title} and {other.source.path.name} is"
-            f" {other.detection.title}: they do not fit one another"
+            f"{one.source.path.name} is {one.detection.named} and {other.source.path.name} is"
+            f" {other.detection.named}: they do not fit one another"
         )
     if found:
         return next(iter(found.values())).detection.arch

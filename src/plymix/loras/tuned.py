@@ -89,7 +89,7 @@ def tensors_of(source: Source) -> tuple[dict[str, TensorInfo], Architecture]:
     arch = paired.detection.arch
     if arch is None or paired.detection.kind not in ("checkpoint", "denoiser"):
         raise Refusal(
-            f"{source.path.name} is {paired.detection.title}; name a model, whole or its"
+            f"{source.path.name} is {paired.detection.named}; name a model, whole or its"
             " denoiser, of an architecture that plymix knows"
         )
     places = {key: arch.place(key) for key in paired.tensors}

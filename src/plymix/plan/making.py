@@ -164,7 +164,7 @@ class Making(Opening):
         found = respelling.lone({t.name: t.shape for t in tensors}, layout)
         if found is None or self.recipe.steps:
             raise Refusal(
-                f"{base.label} is {base.detection.title}: plymix knows no other layout of it"
+                f"{base.label} is {base.detection.named}: plymix knows no other layout of it"
             )
         part, views = found
         if layout not in ("ldm", part.arch.layout, "diffusers"):

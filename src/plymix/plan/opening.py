@@ -121,7 +121,7 @@ class Opening:
             arch=self._known_arch(),
             shapes={k: info.shape for i in models for k, info in i.tensors.items()},
             label=self.base.label,
-            title=self.base.detection.title,
+            named=self.base.detection.named,
             given={c: i.label for c, i in self.swaps.items() if i is not self.base},
         )
         source = self.open_file(name)
@@ -188,7 +188,7 @@ class Opening:
         for i in self.by_name.values():
             if i.detection.arch != base.arch:
                 raise Refusal(
-                    f"{self.base.label} is {base.title} and {i.label} is {i.detection.title}:"
+                    f"{self.base.label} is {base.named} and {i.label} is {i.detection.named}:"
                     " they cannot be merged; choose two models of one architecture"
                 )
         assert base.arch is not None
@@ -323,7 +323,7 @@ class Opening:
         if self.arch is None:
             if output.component or names:
                 raise Refusal(
-                    f"{self.base.label} is {self.base.detection.title}: plymix does not know its"
+                    f"{self.base.label} is {self.base.detection.named}: plymix does not know its"
                     f" components; without them it can drop {listed(DROPS)}"
                 )
             return ""
@@ -356,7 +356,7 @@ class Opening:
                 )
         if not any(c in part.components for c in components):
             raise Refusal(
-                f"{part.label} has no {what}: it is {part.detection.title};"
+                f"{part.label} has no {what}: it is {part.detection.named};"
                 f" name a file that has one"
             )
         return part
@@ -497,7 +497,7 @@ def _require_own(i: Input, own: Architecture) -> None:
 
     lacking = missing(own, i.source.tensors)
     raise Refusal(
-        f"{i.label} is not {own.short} as {own.name} describes it: it is {i.detection.title}"
+        f"{i.label} is not {own.short} as {own.name} describes it: it is {i.detection.named}"
         + (f"; {lacking} is not there" if lacking else "; a rule of [[detect]] does not hold")
     )
 
@@ -512,9 +512,9 @@ def _require_model(i: Input, base: Input) -> None:
         "lora": "to add it to a model: plymix lora bake MODEL LORA -o OUT",
         "text_encoder": 'to put it into a model, use text_encoder = "..." in a recipe\'s [output]',
     }.get(detection.kind, "plymix archs lists what can be merged; --arch any merges key by key")
-    beside = "" if i is base else f" and {base.label} is {base.detection.title}"
+    beside = "" if i is base else f" and {base.label} is {base.detection.named}"
     seen = f" (it has {detection.seen})" if detection.seen else ""
-    raise Refusal(f"{i.label} is {detection.title}{seen}{beside}; {advice}")
+    raise Refusal(f"{i.label} is {detection.named}{seen}{beside}; {advice}")
 
 
 def fitted(info: TensorInfo, shape: tuple[int, ...]) -> TensorInfo | None:
