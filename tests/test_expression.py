@@ -404,8 +404,18 @@ def test_weights_that_are_not_one_model_are_noted(folder):
     assert any("sum to 2" in note for note in plymix.explain(a + b).notes)
     assert any("sum to 0.5" in note for note in plymix.explain(a / 2).notes)
     assert not any("sum to" in note for note in plymix.explain(a.slerp(b)).notes)
+    assert any("sum to 2" in note for note in plymix.explain((a + b).slerp(b)).notes)
+    assert not any("sum to" in note for note in plymix.explain((2 * a - b).slerp(b)).notes)
     adjusted = plymix.explain((a + b) / 2, adjust={"detail": [0.5, 0, 0], "cfg": 1.2})
     assert not any("sum to" in note for note in adjusted.notes)
+
+
+def test_a_result_prints_what_to_know_of_it(folder, tmp_path):
+    a, b = (plymix.model(folder / f"{n}.safetensors") for n in "ab")
+    line, note = str(plymix.merge(a + b, tmp_path / "ab.safetensors")).splitlines()
+    assert line.startswith("ab.safetensors = a.safetensors + b.safetensors  [")
+    assert note.startswith("note: the weights of the models sum to 2, not to 1, in ")
+    assert "\n" not in str(plymix.merge((a + b) / 2, tmp_path / "half.safetensors"))
 
 
 def test_nothing_is_looked_at_until_asked():

@@ -12,25 +12,25 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union, cast
 
 import msgspec
 
-from plymix import hashes, metadata, weights
+from plymix import hashes, metadata, urls, weights
 from plymix import plan as planning
 from plymix import recipe as recipes
 from plymix.archs.views import CLASSIC
 from plymix.errors import Refusal, listed, unknown
 from plymix.expr import Leaf
 from plymix.formats import Source, is_folder_name, open_model, writer_for
-from plymix.formats.base import Content
+from plymix.formats.base import Content, Layout
 from plymix.formats.diffusers import MODEL_INDEX
 from plymix.plan import Input, Plan, available_cpus
 from plymix.recipe import BLEND, Recipe
-from plymix.registry import get_method
+from plymix.registry import Method, get_method
 
 if TYPE_CHECKING:
     from plymix.engine import ProgressCallback
@@ -60,7 +60,7 @@ class Result:
         return (
             f"{self.path.name} = {self.formula}  [{size(self.nbytes)}, {self.seconds:.1f} s,"
             f" {self.merged} merged, {self.copied} copied, {self.dropped} dropped,"
-            f" {self.unmatched} unmatched]"
+            f" {self.unmatched} unmatched]" + "".join(f"\nnote: {text}" for text in self.notes)
         )
 
 
@@ -153,10 +153,7 @@ def two_models(
     """
     models = {"a": os.fspath(a), "b": os.fspath(b)}
     step: dict[str, Any] = {"method": method, "a": "a", "b": "b"}
-    if method == "add_difference" and c is None:
-        raise Refusal("add_difference is a + alpha (b - c): name the third model with --c")
-    if method == "weighted_sum" and c is not None:
-        raise Refusal("weighted_sum takes two models; leave out --c or use --method add_difference")
+    _takes_these(get_method(method), c is not None)
     if c is not None:
         models["c"] = os.fspath(c)
         step["c"] = "c"
@@ -180,6 +177,28 @@ def two_models(
         "allow_mixed_prediction": allow_mixed_prediction,
     }
     return recipes.from_dict({"models": models, "steps": {"merge": step}, "output": output})
+
+
+def _takes_these(method: Method, three: bool) -> None:
+    """Refuse a method that two models (three with `c`) and `alpha` cannot be given to."""
+    names = method.inputs
+    if names not in (("a", "b"), ("a", "b", "c")) or method.several:
+        lacking = f"takes {method.takes}"
+    elif "alpha" not in (p.name for p in method.params):
+        lacking = "has no alpha"
+    elif three and "c" not in names:
+        raise Refusal(
+            f"{method.name} takes two models; leave out --c or use a --method of three,"
+            " such as add_difference"
+        )
+    elif not three and len(names) - method.optional > 2:
+        raise Refusal(f"{method.name} takes {method.takes}: name the third model with --c")
+    else:
+        return
+    raise Refusal(
+        f"{method.name} {lacking}, and plymix merge is for a, b (and c) with alpha: write a recipe"
+        f" for plymix run, with the step that plymix methods {method.name} shows"
+    )
 
 
 def own_presets(file: PathLike) -> Mapping[str, Sequence[float]]:
@@ -434,6 +453,7 @@ def run(
             " pipeline itself; name a folder outside"
         )
     tensors, layout = plan.layout(path, metadata.build(plan), _configs(configs, notes))
+    notes.extend(_replaced(plan, path, layout))
     late = {metadata.pending(i): _hasher(i.source.files, plan.recipe, i) for i in plan.inputs}
     sources = plan.sources
     if made is not None:
@@ -465,6 +485,19 @@ def run(
         unmatched=sum(map(len, plan.unmatched.values())),
         notes=(*plan.notes, *notes, *_spoilt(written.nonfinite)),
     )
+
+
+def _replaced(plan: Plan, path: Path, layout: Layout) -> Iterator[str]:
+    """Says which inputs the result takes the place of."""
+    home = path if is_folder_name(path) else path.parent
+    new = {(home / part.name).resolve() for part in layout.parts} | {path.resolve()}
+    for i in plan.inputs:
+        local = (file for file in i.source.files if not urls.is_url(file))
+        if any(not new.isdisjoint((file.resolve(), *file.resolve().parents)) for file in local):
+            yield (
+                f"the result replaced {i.label}, which it is made of: plymix replay needs a copy of"
+                " that file as it was"
+            )
 
 
 def _configs(given: PathLike, notes: list[str]) -> Callable[[Plan], Mapping[str, Content]]:

@@ -178,7 +178,11 @@ def _parsed(text: str | None) -> Any:
 
 
 def formula(recipe: Recipe, name: str | None = None) -> str:
-    """The merge as one line with file names: '(1 - a) sd.ckpt + a wd.ckpt, a = GRAD_V'."""
+    """The merge as one line with file names: '(1 - a) sd.ckpt + a wd.ckpt, a = GRAD_V'.
+
+    Settings stand in the order of their names, as a stored recipe has them: the formula of a replay
+    is that of the merge.
+    """
     if name is None:
         output = recipe.output
         given = {what: getattr(output, part) for part, what in PARTS.items()}
@@ -221,7 +225,7 @@ def _step_formula(recipe: Recipe, step: Step) -> str:
         if step.method != "subtract" or abs(coefficients[0]) == 1:
             return text
         return _signed(coefficients[:1], [f"({_signed([1, -1], names)})"])
-    params = "".join(f", {k} = {_weight(v)}" for k, v in step.params.items())
+    params = "".join(f", {k} = {_weight(v)}" for k, v in sorted(step.params.items()))
     return f"{step.method}({', '.join(names)}{params}{rules})"
 
 
@@ -229,7 +233,7 @@ def _lora_formula(step: Step, names: Sequence[str]) -> str:
     """'a.safetensors + 0.8 × style.safetensors, te_strength = 0.5'"""
     strength = step.params.get("strength", 1.0)
     each = strength if isinstance(strength, (list, tuple)) else [strength] * (len(names) - 1)
-    rest = (f", {k} = {_weight(v)}" for k, v in step.params.items() if k != "strength")
+    rest = (f", {k} = {_weight(v)}" for k, v in sorted(step.params.items()) if k != "strength")
     return _signed([1.0, *each], names) + "".join(rest)
 
 
@@ -275,5 +279,5 @@ def _weight(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_weight(v) for v in value) + "]"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{k} = {_weight(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{k} = {_weight(v)}" for k, v in sorted(value.items())) + "}"
     return str(value)

@@ -359,14 +359,12 @@ def _step(name: str, found: Any) -> Step:
 
 
 def _inputs(where: str, method: Method, found: dict[str, Any]) -> tuple[str, ...]:
-    wanted = ", ".join(method.inputs)
-    wanted += f", {method.several} = [...]" if method.several else ""
     given: list[str] = []
     for i, field in enumerate(method.inputs):
         value = found.pop(field, None)
         if value is None:
             if i < len(method.inputs) - method.optional:
-                raise Refusal(f"{where} ({method.name}) has no {field}; it takes {wanted}")
+                raise Refusal(f"{where} ({method.name}) has no {field}; it takes {method.takes}")
             if any(later in found for later in method.inputs[i + 1 :]):
                 raise Refusal(f"{where} ({method.name}) gives a later model but no {field}")
             if method.variadic:

@@ -143,6 +143,11 @@ class Method:
         return self.variadic if self.adapters else "models"
 
     @property
+    def takes(self) -> str:
+        """The models as a recipe names them, for people: 'base, models = [...]'."""
+        return ", ".join((*self.inputs, *([f"{self.several} = [...]"] if self.several else [])))
+
+    @property
     def random(self) -> bool:
         return "rng" in self.given
 

@@ -338,7 +338,9 @@ def test_a_shape_that_does_not_fit_is_refused(folder, tmp_path):
 
 
 def test_a_model_is_no_lora_and_a_lora_no_model(folder, tmp_path):
-    refused(folder, [folder / "b.safetensors"], "b.safetensors is not a LoRA: it is an SD1 checkpoint")
+    refused(
+        folder, [folder / "b.safetensors"], "b.safetensors is not a LoRA: it is an SD1 checkpoint"
+    )
     refused(folder, [folder / "x.safetensors"], "x.safetensors is a LoRA for SD1", base="x")
     twice = {f"{name(Q)}.lora_A.{n}.weight": ("F32", np.ones((2, 8))) for n in ("one", "two")}
     refused(folder, [save(tmp_path / "t.safetensors", twice)], "two adapters")

@@ -417,10 +417,25 @@ def test_other_files_are_named(shapes, kind, title, arch):
 
 @pytest.mark.parametrize(
     "named",
-    "an SD1 checkpoint,an SDXL checkpoint,a VAE file,a video VAE file,a LoRA for SD1,an IA3 for SD1,"
-    "an OFT for SD1,a GLoRA for SD1,a CLIP text encoder file,an OpenCLIP text encoder file,"
-    "a T5 text encoder file,an LTX-Video transformer,a Lumina 2 transformer,an IP-Adapter,"
-    "an upscaler (ESRGAN family),a HiDream transformer,an AuraFlow transformer".split(","),
+    [
+        "an SD1 checkpoint",
+        "an SDXL checkpoint",
+        "a VAE file",
+        "a video VAE file",
+        "a LoRA for SD1",
+        "an IA3 for SD1",
+        "an OFT for SD1",
+        "a GLoRA for SD1",
+        "a CLIP text encoder file",
+        "an OpenCLIP text encoder file",
+        "a T5 text encoder file",
+        "an LTX-Video transformer",
+        "a Lumina 2 transformer",
+        "an IP-Adapter",
+        "an upscaler (ESRGAN family)",
+        "a HiDream transformer",
+        "an AuraFlow transformer",
+    ],
 )
 def test_sentences_say_what_a_file_is_with_its_article(named):
     detection = archs.Detection(None, "base", "unknown", named.split(" ", 1)[1])

@@ -267,6 +267,42 @@ def test_add_difference_shows_three_files(here: Path, monkeypatch: pytest.Monkey
     assert row.split()[3:] == made_of.split()
 
 
+def test_any_method_of_a_b_and_c_with_alpha_is_merged(here: Path) -> None:
+    words = ("merge", "a.safetensors", "b.safetensors", "--method", "triple_sum")
+    ran = plymix(*words, "--c", "c.safetensors", "-o", "o.safetensors", "--alpha", "0.5")
+    assert ran.code == 0, ran.err
+    key = "model.diffusion_model.middle_block.0.in_layers.2.weight"
+    a, b, c = (values(here / f"{n}.safetensors")[key].astype(np.float64) for n in "abc")
+    expected = 0.25 * a + 0.5 * b + 0.25 * c  # beta is 0.25
+    np.testing.assert_allclose(values(here / "o.safetensors")[key], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "link.safetensors"])
+def test_a_result_that_replaces_an_input_says_so(here: Path, name: str) -> None:
+    if name.startswith("link"):
+        (here / name).symlink_to("a.safetensors")
+    ran = plymix("merge", name, "b.safetensors", "-o", "a.safetensors", "--force")
+    assert ran.code == 0, ran.err
+    assert [n for n in ran.notes if "replaced" in n] == [
+        f"note: the result replaced {name}, which it is made of: plymix replay needs a copy of that"
+        " file as it was"
+    ]
+    other = plymix("merge", "c.safetensors", "b.safetensors", "-o", "a.safetensors", "--force")
+    assert (other.code, other.notes) == (0, [])
+
+
+def test_the_formula_of_a_replay_is_that_of_the_run(here: Path) -> None:
+    table = '{ default = 0.1, blocks = { OUT05 = 0.5, "IN00-IN05" = 0.2 }, base = 0.3 }'
+    recipe = RECIPE.replace('{ base = 0.0, blocks = "GRAD_V" }', table)
+    ties = 'method = "ties"\nbase = "mix"\nmodels = ["three"]\nscale = 0.9\ndensity = 0.4\n'
+    at = recipe.index('method = "add_difference"')
+    (here / "r.toml").write_text(recipe[:at] + ties + recipe[recipe.index("\n[output]") :])
+    ran, again = plymix("run", "r.toml", "--json"), plymix("replay", "final.safetensors", "--json")
+    assert (ran.code, again.code) == (0, 0), ran.err + again.err
+    assert ran.json["formula"] == again.json["formula"]
+    assert plymix("explain", "r.toml", "--json").json["formula"] == ran.json["formula"]
+
+
 def test_explain_counts_every_tensor(here: Path) -> None:
     ran = plymix("explain", "a.safetensors", "b.safetensors", "--alpha", "0.5", "--json")
     golden = tiny.golden("sd1")
@@ -574,6 +610,10 @@ REFUSED: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     ((*MERGE, "--alpha", "nan"), ("nan", "finite")),
     ((*MERGE, "--base", "0.2", "--alpha", "0.1" + ",1" * 25), ("BASE",)),
     ((*MERGE, "--method", "weigted_sum"), ("weighted_sum",)),
+    ((*MERGE, "--method", "ties"), ("takes base, models = [...]", "recipe", "plymix methods ties")),
+    ((*MERGE, "--method", "nearswap"), ("has no alpha", "recipe", "plymix methods nearswap")),
+    ((*MERGE, "--method", "triple_sum"), ("takes a, b, c", "--c")),
+    ((*MERGE, "--c", "c.safetensors"), ("weighted_sum takes two", "--c", "add_difference")),
     ((*MERGE, "--dtype", "fp8"), ("'fp8'", "fp8_e4m3fn")),
     ((*MERGE, "--threads", "-1"), ("--threads -1",)),
     ((*MERGE, "--vae", "gone.safetensors"), ("gone.safetensors does not exist",)),

@@ -171,7 +171,8 @@ class Merge:
         str, option("weighted_sum: A(1-alpha) + B alpha; add_difference: A + alpha(B-C).")
     ] = "weighted_sum"
     c: Annotated[
-        str | None, option("The third model, of add_difference.", metavar="C", default=False)
+        str | None,
+        option("The third model, of add_difference and its like.", metavar="C", default=False),
     ] = None
     vae: Annotated[
         str, option("Whose VAE: a, b, c, blend or a file.", metavar="a|b|c|blend|FILE")

@@ -20,6 +20,7 @@ from plymix.expr import (
     Patch,
     Sum,
     Tensor,
+    calls,
     leaf_terms,
     narrow,
 )
@@ -490,15 +491,22 @@ class Making(Opening):
         return Patch(args[owner], expr, widths[0]), shapes[owner]
 
     def _strength(self, tensors: Sequence[Tensor], fates: Mapping[str, Fate]) -> None:
-        """Note sums whose coefficients do not add up to one model, but for `output.adjust`."""
+        """Note sums whose coefficients do not add up to one model, but for `output.adjust`.
+
+        What a method is given may be a difference, whose sum is 0.
+        """
         totals: dict[str, float] = {}
         for tensor in tensors:
             if self.adjusted.scale(tensor.name) != 1.0:
                 continue
-            terms = leaf_terms(tensor.expr)
-            total = math.fsum(c for c, _ in terms)
-            if terms and fates[tensor.name].how == "merged" and abs(total - 1) > 1e-6:
-                totals[tensor.name] = total
+            if fates[tensor.name].how != "merged":
+                continue
+            given = (arg for call in calls(tensor.expr) for arg in call.args)
+            for expr, fine in (*((arg, (0, 1)) for arg in given), (tensor.expr, (1,))):
+                terms = leaf_terms(expr)
+                total = math.fsum(c for c, _ in terms)
+                if terms and all(abs(total - n) > 1e-6 for n in fine):
+                    totals[tensor.name] = total
         if totals:
             low, high = min(totals.values()), max(totals.values())
             found = f"{low:.4g}" if high - low < 1e-6 else f"{low:.4g} to {high:.4g}"
