@@ -25,6 +25,7 @@ from plymix import recipe as recipes
 from plymix.archs.views import CLASSIC
 from plymix.errors import Refusal, listed, unknown
 from plymix.expr import Leaf
+from plymix.finding import find
 from plymix.formats import Source, is_folder_name, open_model, writer_for
 from plymix.formats.base import Content, Layout
 from plymix.formats.diffusers import MODEL_INDEX
@@ -374,7 +375,9 @@ def _plan(
     if isinstance(a, Recipe):
         if b is not None or options:
             raise Refusal("a Recipe says it all: give no second model and no merge options with it")
-        return planning.build(aimed(a, path) if path else a, folders=folders, strict=strict)
+        paths = find(a, folders)
+        whole = aimed(a, path) if path else a
+        return planning.build(whole, folders=folders, paths=paths, strict=strict)
     if b is None:
         raise Refusal("a merge of files needs two of them; to run a recipe, pass a Recipe")
     known = two_models.__kwdefaults__ or {}

@@ -5,25 +5,24 @@ from __future__ import annotations
 import os
 import threading
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from plymix import api, engine, hashes, metadata, urls
+from plymix import api, engine, metadata
 from plymix import plan as planning
 from plymix import recipe as recipes
 from plymix.engine import ProgressCallback
-from plymix.errors import Refusal, listed
+from plymix.errors import listed
+from plymix.finding import Folders, find
 from plymix.folder import configs
 from plymix.formats import Handle, is_folder_name, open_model, sharded
 from plymix.formats.base import Part
 from plymix.plan import Plan
-from plymix.recipe import Model, Recipe
-
-Folders = Sequence["str | os.PathLike[str]"]
+from plymix.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def replay(
     out = Path(out) if out else Path(f"{own.stem}-replay{own.suffix}")
     api.ready(out, force)
     recipe = embedded(path)
-    with planning.build(recipe, paths=find(recipe, path, folders)) as plan:
+    with _planned(recipe, path, folders, progress) as plan:
         return api.run(plan, out, threads=threads, progress=progress)
 
 
@@ -69,67 +68,10 @@ def _own_name(path: Path) -> Path:
     return path.with_name(f"{match['stem']}.{match[2]}") if match else path
 
 
-def find(recipe: Recipe, path: Path, folders: Folders) -> dict[str, Path]:
-    """Where each model of a stored recipe is. Raises Refusal naming those that are not there."""
-    places = [Path(f).expanduser() for f in (*folders, path.parent, ".")]
-    found: dict[str, Path] = {}
-    trouble: list[str] = []
-    for name, model in recipe.models.items():
-        here = _by_name(model, places) or _by_content(model, folders)
-        web = urls.path(model.file) if urls.is_url(model.file) else None
-        if here is None and web is not None and _is(model, web):
-            here = web
-        if here is not None:
-            found[name] = here
-            continue
-        altered = next((c for c in _named(model, places)), None) or web
-        if altered is not None:
-            trouble.append(
-                f"{urls.text(altered)} is not the {model.file} this was made from (other content)"
-            )
-        else:
-            trouble.append(f"{model.file} ({api.size(model.size)}) is missing")
-    if trouble:
-        raise Refusal(f"{listed(trouble, 4)}; say where the models are with --models FOLDER")
-    return found
-
-
-def _named(model: Model, places: Sequence[Path]) -> Iterator[Path]:
-    for place in places:
-        candidate = place / urls.name(model.file)
-        if candidate.exists():
-            yield candidate
-
-
-def _by_name(model: Model, places: Sequence[Path]) -> Path | None:
-    return next((c for c in _named(model, places) if _is(model, c)), None)
-
-
-def _by_content(model: Model, folders: Folders) -> Path | None:
-    for folder in folders:
-        for candidate in sorted(Path(folder).expanduser().rglob("*")):
-            if _is(model, candidate):
-                return candidate
-    return None
-
-
-def _is(model: Model, path: Path) -> bool:
-    files, size = _files(path)
-    return bool(files) and size == model.size and hashes.model_sha256(files) == model.sha256
-
-
-def _files(path: Path) -> tuple[tuple[Path, ...], int]:
-    """The files of the model at `path` and their bytes: itself, or those of a folder or an index of
-    shards."""
-    if path.is_file() and path.suffix != ".json":
-        return (path,), path.stat().st_size
-    try:
-        with open_model(path) as source:
-            return source.files, source.nbytes
-    except Refusal:
-        if urls.is_url(path):
-            raise  # that it cannot be fetched is another matter
-        return (), 0
+def _planned(
+    recipe: Recipe, path: Path, folders: Folders, progress: ProgressCallback | None
+) -> Plan:
+    return planning.build(recipe, paths=find(recipe, folders, (path.parent,), progress))
 
 
 def verify(
@@ -146,7 +88,7 @@ def verify(
     """
     path = Path(path)
     recipe = embedded(path)
-    with planning.build(recipe, paths=find(recipe, path, folders)) as plan:
+    with _planned(recipe, path, folders, progress) as plan:
         return _compare(plan, recipe, path, threads, progress)
 
 

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import plymix as plymix_module
 import tiny
 from plymix import errors
 from plymix import recipe as recipes
@@ -477,6 +478,38 @@ def test_replay_and_verify(here: Path) -> None:
     (here / "b.safetensors").unlink()
     gone = plymix("replay", "one.safetensors", "-o", "three.safetensors")
     assert (gone.code, "b.safetensors" in gone.err) == (2, True)
+
+
+def test_a_shown_recipe_finds_its_models_as_a_replay_does(here: Path) -> None:
+    words = ("merge", "a.safetensors", "b.safetensors", "--alpha", "GRAD_V")
+    assert plymix(*words, "-o", "one.safetensors").code == 0
+    (here / "shown.toml").write_text(plymix("recipe", "show", "one.safetensors").out)
+    (here / "kept" / "deep").mkdir(parents=True)
+    (here / "b.safetensors").rename(here / "kept" / "deep" / "renamed.safetensors")
+    there = ("--models", here / "kept")
+    run = ("run", "shown.toml", "-o", "two.safetensors")
+    assert plymix("replay", "one.safetensors", "-o", "again.safetensors", *there).code == 0
+    assert plymix("explain", "shown.toml", *there).code == 0
+    ran = plymix(*run, *there)
+    assert ran.code == 0, ran.err
+    assert (here / "one.safetensors").read_bytes() == (here / "two.safetensors").read_bytes()
+    shown = plymix_module.recipe.load(here / "shown.toml")
+    made = plymix_module.merge(shown, "three.safetensors", models=[here / "kept"])
+    assert made.path.read_bytes() == (here / "one.safetensors").read_bytes()
+
+    def refused(text: str) -> None:
+        for command in (run, ("explain", "shown.toml"), ("replay", "one.safetensors")):
+            ran = plymix(*command, "--json")
+            assert (ran.code, text in ran.json["error"]) == (2, True), ran.out
+
+    (here / "two.safetensors").unlink()
+    refused("b.safetensors (")
+    refused("is missing; say where the models are with --models FOLDER")
+    raw = bytearray((here / "a.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (here / "b.safetensors").write_bytes(raw)
+    refused("b.safetensors is not the b.safetensors that the recipe names (other content)")
+    assert not (here / "two.safetensors").exists()
 
 
 # --- looking ------------------------------------------------------------------------------------

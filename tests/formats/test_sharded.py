@@ -324,5 +324,5 @@ def test_a_merge_from_shards_can_be_made_again_and_notices_another_shard(tmp_pat
     raw[-1] ^= 1
     changed.write_bytes(raw)
     assert index.exists()
-    with pytest.raises(Refusal, match="not the m this was made from"):
+    with pytest.raises(Refusal, match="not the m that the recipe names"):
         replay(out, tmp_path / "third.safetensors")

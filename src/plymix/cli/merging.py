@@ -330,10 +330,9 @@ def explain(
         said = [k for k, v in options.__dict__.items() if v != getattr(Merge(), k)]
         if extra := [f"--{name.replace('_', '-')}" for name in said if name not in ALSO_OF_RECIPES]:
             raise Refusal(f"{', '.join(extra)} is for two models; a recipe says it itself")
-        recipe, folders = load(
+        recipe, beside = load(
             a,
             set,
-            models,
             options.presets,
             arch=options.arch,
             block_view=options.block_view or "",
@@ -342,9 +341,9 @@ def explain(
         if set:
             raise Refusal("--set is for recipes; for two models say --alpha and the like")
         note_presets(options.presets)
-        recipe, folders = api.two_models(a, b, **options.recipe_options()), [*models]
+        recipe, beside = api.two_models(a, b, **options.recipe_options()), []
     if output:
         api.ready(Path(output), force)
         recipe = api.aimed(recipe, Path(output))
-    with planned(recipe, folders, strict=options.strict) as plan:
+    with planned(recipe, models, beside, strict=options.strict) as plan:
         show_plan(plan, json)

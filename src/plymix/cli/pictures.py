@@ -269,7 +269,7 @@ def _models(a: str, b: str, from_: str, presets: str) -> Models:
     if from_:
         if a or b:
             raise Refusal("--from says the models; leave out A and B")
-        found, _ = load(from_, (), (), presets)
+        found, _ = load(from_, (), presets)
         return Models(start=found)
     if not a or not b:
         raise Refusal("compare wants two models, or --from RECIPE, or --redo SHEET")

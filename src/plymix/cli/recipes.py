@@ -47,11 +47,10 @@ EXAMPLES = {
 def load(
     file: str,
     settings: Sequence[str],
-    folders: Sequence[str],
     presets: str = "",
     **output: str,
 ) -> tuple[Recipe, list[str]]:
-    """A recipe file with the options said beside it, and where its models are looked for.
+    """A recipe file with the options said with it, and the folder it lies in.
 
     `output` are fields of its [output]; those that say nothing leave the recipe's.
     """
@@ -71,7 +70,7 @@ def load(
         found = recipes.with_output(found, **{k: v for k, v in output.items() if v})
     note_presets(presets)
     found = api.with_own_presets(found, api.own_presets(presets))
-    return found, [*folders, str(path.parent)]
+    return found, [str(path.parent)]
 
 
 def note_presets(file: str) -> None:
@@ -82,10 +81,19 @@ def note_presets(file: str) -> None:
         screen.note(f"{file}: its {listed(names)} is used, not plymix's, which has other numbers")
 
 
-def planned(recipe: Recipe, folders: Sequence[str] = (), *, strict: bool = False) -> Plan:
-    from plymix import plan
+def planned(
+    recipe: Recipe,
+    folders: Sequence[str] = (),
+    beside: Sequence[str] = (),
+    *,
+    strict: bool = False,
+) -> Plan:
+    from plymix import finding, plan
 
-    return plan.build(recipe, folders=_checked(folders), strict=strict)
+    _checked(folders)
+    with screen.ProgressLine() as progress:
+        paths = finding.find(recipe, folders, beside, progress)
+    return plan.build(recipe, folders=(*folders, *beside), paths=paths, strict=strict)
 
 
 def _checked(folders: Sequence[str]) -> Sequence[str]:
@@ -120,12 +128,12 @@ def run(
     """
     from plymix import api
 
-    found, folders = load(recipe, set, models, presets, arch=arch, block_view=block_view or "")
+    found, beside = load(recipe, set, presets, arch=arch, block_view=block_view or "")
     if output or not dry_run:
         path = api.output_path(found, output)
         api.ready(path, force)
         found = api.aimed(found, path)
-    with planned(found, folders, strict=strict) as plan:
+    with planned(found, models, beside, strict=strict) as plan:
         if dry_run:
             show_plan(plan, json)
         else:

@@ -1,0 +1,117 @@
+"""Where the models of a recipe are that says their content: a stored recipe, or a printed one."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from plymix import hashes, urls
+from plymix.errors import Refusal, listed
+from plymix.formats import open_model
+from plymix.recipe import Model, Recipe
+
+if TYPE_CHECKING:
+    from plymix.engine import ProgressCallback
+
+Folders = Sequence["str | os.PathLike[str]"]
+
+
+def find(
+    recipe: Recipe,
+    folders: Folders = (),
+    beside: Folders = (),
+    progress: ProgressCallback | None = None,
+) -> dict[str, Path]:
+    """The files of those models that `recipe` needs and knows the SHA-256 of, by their names in it.
+
+    They are looked for by name as the recipe has it, in `folders` and in `beside`, and by content
+    anywhere below `folders`. Raises Refusal that names all that are missing or altered.
+    """
+    used = {name for step in recipe.order() for name in recipe.uses(step)}
+    used |= {recipe.base(), *recipe.parts}
+    known = {name: model for name, model in recipe.models.items() if name in used and model.sha256}
+    places = [Path(), *(Path(f).expanduser() for f in (*folders, *beside))]
+    found: dict[str, Path] = {}
+    trouble: list[str] = []
+    stopped = _stopped(progress, found, len(known))
+    for name, model in known.items():
+        here = next((c for c in _named(model, places) if _is(model, c, stopped)), None)
+        here = here or _by_content(model, folders, stopped)
+        web = urls.path(model.file) if urls.is_url(model.file) else None
+        if here is None and web is not None and _is(model, web, stopped):
+            here = web
+        if here is not None:
+            found[name] = here
+            continue
+        altered = next(_named(model, places), None) or web
+        if altered is not None:
+            trouble.append(
+                f"{urls.text(altered)} is not the {model.file} that the recipe names (other"
+                " content)"
+            )
+        else:
+            size = f" ({model.size:,} bytes)" if model.size else ""
+            trouble.append(f"{model.file}{size} is missing")
+    if trouble:
+        raise Refusal(f"{listed(trouble, 4)}; say where the models are with --models FOLDER")
+    return found
+
+
+def _stopped(
+    progress: ProgressCallback | None, found: dict[str, Path], total: int
+) -> Callable[[], bool]:
+    """Tells `progress` of the hashing; whether it wishes to stop."""
+    began = time.monotonic()
+
+    def stopped() -> bool:
+        if progress is None:
+            return False
+        from plymix.engine import Progress
+
+        seconds = time.monotonic() - began
+        return progress(Progress("hashing the inputs", len(found), total, seconds)) is False
+
+    return stopped
+
+
+def _named(model: Model, places: Sequence[Path]) -> Iterator[Path]:
+    """The files of the model's name that there are."""
+    if urls.is_url(model.file):
+        names = [Path(urls.name(model.file))]
+    else:
+        path = Path(model.file).expanduser()
+        names = [path, Path(path.name)]
+    candidates = dict.fromkeys(place / name for place in places for name in names)
+    return (candidate for candidate in candidates if candidate.exists())
+
+
+def _by_content(model: Model, folders: Folders, stopped: Callable[[], bool]) -> Path | None:
+    for folder in folders:
+        for candidate in sorted(Path(folder).expanduser().rglob("*")):
+            if _is(model, candidate, stopped):
+                return candidate
+    return None
+
+
+def _is(model: Model, path: Path, stopped: Callable[[], bool]) -> bool:
+    files, size = _files(path)
+    if not files or (model.size and size != model.size):
+        return False
+    return hashes.model_sha256(files, stopped) == model.sha256.lower()
+
+
+def _files(path: Path) -> tuple[tuple[Path, ...], int]:
+    """The files of the model at `path` and their bytes: itself, or those of a folder or an index of
+    shards."""
+    if path.is_file() and path.suffix != ".json":
+        return (path,), path.stat().st_size
+    try:
+        with open_model(path) as source:
+            return source.files, source.nbytes
+    except Refusal:
+        if urls.is_url(path):
+            raise  # that it cannot be fetched is another matter
+        return (), 0
