@@ -279,8 +279,39 @@ def test_the_text_encoder_of_a_folder(files):
         notes = [note for note in found.notes if "resblocks.23" in note]
     assert notes == [
         "sd2-b has no cond_stage_model.model.transformer.resblocks.23:"
-        " the text encoder of SD2 ends with layer 22 in diffusers"
+        " the text encoder of SD2 ends with layer 22 in diffusers; sd2-a.safetensors's is taken"
     ]
+
+
+@pytest.mark.parametrize(
+    ("model", "component"),
+    [("sd2", "text_encoder"), ("sdxl", "text_encoder"), ("sdxl", "text_encoder_2")],
+)
+@pytest.mark.parametrize("kind", ["part", "checkpoint"])
+def test_a_text_encoder_that_came_out_of_a_folder(tmp_path, files, model, component, kind):
+    """In one file it still lacks what no diffusers folder has: that stays the base's."""
+    f, part = files[model], tmp_path / "part.safetensors"
+    if kind == "part":
+        plymix.extract(f["db"], component, part)
+    else:
+        plymix.convert(f["db"], part)
+    a, b = data(f["a"]), data(f["b"])
+    start = archs.load(model).component(component).prefixes[0]
+    if component == "text_encoder" and model == "sdxl" and kind == "checkpoint":
+        start = "conditioner.embedders."  # all encoders there are
+    took = {key for key in a if key.startswith(start)} - dropped(model)
+    took = {key for key in took if not key.endswith("position_ids")}
+    assert len(took) > 100
+    got = mix(f["a"], f["a"], 0.0, **{component: str(part)})
+    assert got == {key: (b if key in took else a)[key] for key in a}
+    broken = load(part)[0]
+    gone = next(
+        k for k in broken if k.endswith(("fc1.bias", "c_fc.bias")) and "embedders.0" not in k
+    )
+    del broken[gone]
+    save(part, broken)
+    with pytest.raises(Refusal, match=r"lacks 1 of the \d+ text_encoder"):
+        planned(f["a"], f["a"], **{component: str(part)})
 
 
 def test_a_component_of_another_architecture_is_refused(files):

@@ -50,12 +50,6 @@ class Paired:
         name = self.names.get(key) if self.dialect else key
         return self.detection.arch.place(name) if self.detection.arch and name else None
 
-    def lacks(self, key: str) -> bool:
-        """Whether it is the dialect's way not to have the tensor `key`."""
-        return any(
-            key.startswith(name) if name.endswith(".") else key == name for name in self.absent
-        )
-
 
 def pair(
     source: Source, arch: Architecture | None = None, own: Architecture | None = None

@@ -10,7 +10,7 @@ What the names are stands in tables: see `plymix.archs.dialect_tables`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from plymix.archs.detection import _Keys, detect
@@ -86,9 +86,30 @@ def canonical(arch: Architecture, dialect: str, component: str, shapes: Shapes) 
             views[name] = _whole(row, [keys[slot] for slot in range(len(keys))], shapes)
         else:
             unpaired.update(dict.fromkeys(keys.values(), f"the rest of {name} is not there"))
-    left_out = {table.prefix + name: why for name, why in table.file.unwritten.items()}
-    absent = {name: why for name, why in left_out.items() if not _met(name, views)}
-    return Pairing(views, unpaired, absent)
+    return Pairing(views, unpaired, _absent(table.prefix, table.file, views))
+
+
+def absent(arch: Architecture, dialect: str, names: Collection[str]) -> dict[str, str]:
+    """Canonical names that no file in `dialect` has and that are not among `names`, and why.
+
+    A name with a dot at the end stands for all that begin so. A file with the architecture's own
+    names lacks them too where it was made from one in `dialect`.
+    """
+    found: dict[str, str] = {}
+    for (owner, _), (file, prefix) in tables(dialect).items():
+        if owner == arch.name:
+            found |= _absent(prefix, file, names)
+    return found
+
+
+def _absent(prefix: str, file: File, names: Collection[str]) -> dict[str, str]:
+    rows = {prefix + name: why for name, why in file.unwritten.items()}
+    return {name: why for name, why in rows.items() if not any(meant(name, key) for key in names)}
+
+
+def meant(name: str, key: str) -> bool:
+    """Whether the canonical `key` is the one called `name` or, with a dot at its end, begins so."""
+    return key.startswith(name) if name.endswith(".") else key == name
 
 
 def written(arch: Architecture, dialect: str, component: str, shapes: Shapes) -> Pairing:
@@ -241,10 +262,6 @@ def _seen_shape(view: View, shape: Shape) -> Shape:
     if view.rows:
         shape = (view.rows[1] - view.rows[0], *shape[1:])
     return view.shape or (shape[::-1] if view.transpose else shape)
-
-
-def _met(name: str, views: Views) -> bool:
-    return any(key.startswith(name) for key in views) if name.endswith(".") else name in views
 
 
 def _ratio(shares: Iterable[int]) -> str:

@@ -271,7 +271,7 @@ class Making(Opening):
             return self._buffer(key, owner.tensors[key], owner.index)
         if swap is not None and place.component in swap.components:
             leaf = self._leaf(swap, key)
-            if leaf is None and swap.paired.lacks(key):
+            if leaf is None and self._may_lack(swap, key):
                 leaf, swap = self._leaf(self.base, key), self.base
             if leaf is None:
                 return None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from plymix import archs, pairing
 from plymix.archs import Architecture, Place
-from plymix.archs.dialects import checkpoint_name
+from plymix.archs.dialects import absent, checkpoint_name, meant
 from plymix.archs.model import ANY_ENCODER, shared_facts
 from plymix.archs.views import CLASSIC, View, view
 from plymix.errors import Refusal, listed, unknown
@@ -40,6 +40,7 @@ class Opening:
         self.inputs: list[Input] = []
         self.by_name: dict[str, Input] = {}
         self.applied: dict[str, Applied] = {}  # LoRAs by their names in the recipe
+        self.absent: dict[int, Mapping[str, str]] = {}  # what `_absent` found, by input
         self.notes: list[str] = []
 
     def open(self) -> None:
@@ -418,12 +419,18 @@ class Opening:
             for k, p in self.base.places.items()
             if p.component == component and not p.buffer
         }
-        missing = [k for k in wanted if k not in part.tensors and not part.paired.lacks(k)]
+        lacking = [k for k in wanted if k not in part.tensors]
+        missing = [k for k in lacking if not self._may_lack(part, k)]
         if missing and component in part.components:
             raise Refusal(
                 f"{part.label} lacks {len(missing)} of the {len(wanted)} {component} tensors:"
                 f" {listed(missing, 3)}; it is not complete or not for {self.short}"
             )
+        for name, why in self._absent(part).items() if lacking else ():
+            if any(meant(name, key) for key in lacking):
+                self.notes.append(
+                    f"{part.label} has no {name.rstrip('.')}: {why}; {self.base.label}'s is taken"
+                )
         for key, info in wanted.items():
             theirs = part.tensors.get(key)
             if theirs is not None and fitted(theirs, info.shape) is None:
@@ -432,6 +439,17 @@ class Opening:
                     f" {list(info.shape)} in {self.base.label}; use a {component} made for"
                     f" {self.short}"
                 )
+
+    def _absent(self, part: Input) -> Mapping[str, str]:
+        """What `part` has not because files in diffusers' names never have it, and why."""
+        assert self.arch is not None
+        if part.index not in self.absent:
+            self.absent[part.index] = absent(self.arch, DIFFUSERS, part.tensors.keys())
+        return self.absent[part.index]
+
+    def _may_lack(self, part: Input, key: str) -> bool:
+        """Whether `part` is complete without `key`, as one made of a folder is."""
+        return any(meant(name, key) for name in self._absent(part))
 
     def _dialects(self) -> None:
         """Note what the inputs with another tool's names lack, and what they have too much."""
@@ -445,9 +463,10 @@ class Opening:
                 self.notes.append(f"{i.label}: {len(keys)} tensors {fate}: {why}")
             if paired.unpaired and i is not self.base:
                 self._strange(i, paired.unpaired, "left out")
-            for name, why in () if keeps else paired.absent.items():
+            filled = i in self.swaps.values() and i is not self.base  # told already
+            for name, why in () if keeps or filled else paired.absent.items():
                 if i is self.base or any(
-                    key.startswith(name) and not self.base.places[key].buffer
+                    meant(name, key) and not self.base.places[key].buffer
                     for key in self.base.tensors
                 ):
                     self.notes.append(f"{i.label} has no {name.rstrip('.')}: {why}")
