@@ -17,9 +17,11 @@ from typing import Any
 from msgspec.structs import replace
 
 from plymix import hashes, urls
+from plymix.archs import Architecture
 from plymix.errors import Refusal
 from plymix.plan import Input, Plan
 from plymix.recipe import METADATA_KEY, PARTS, Model, Recipe, Step, from_json, to_json
+from plymix.respelling import NAMES_KEY, habits, remembered
 
 CONFIG_KEY = "plymix.model_config"
 """What shapes cannot tell of a model's networks, as JSON: `plymix.images.live` reads it."""
@@ -66,9 +68,19 @@ def build(plan: Plan) -> dict[str, str]:
     found = {**_carried(plan), METADATA_KEY: to_json(recipe), "format": "pt"}
     if config := plan.base.source.metadata.get(CONFIG_KEY):
         found[CONFIG_KEY] = config
+    if plan.components and plan.arch and (names := _names(plan.base, plan.arch)):
+        found[NAMES_KEY] = json.dumps(names)
     found.update(_modelspec(plan, recipe))
     found.update(_a1111(plan, recipe))
     return found
+
+
+def _names(base: Input, arch: Architecture) -> dict[str, str]:
+    """The habits by which the base model's file has its own names, or once had."""
+    once = remembered(base.source.metadata)
+    if once or base.paired.dialect:
+        return once
+    return habits({key: info.name for key, info in base.tensors.items()}, arch)
 
 
 def _carried(plan: Plan) -> dict[str, str]:

@@ -9,12 +9,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import msgspec
+
 from plymix.archs import Architecture, load, names
 from plymix.archs.dialect_tables import table_for, tables
 from plymix.archs.dialects import Part, Shapes, View, canonical, recognise, shape_of, written
 from plymix.pairing import DIFFUSERS, Paired
 
 NOT_THERE = f"{DIFFUSERS} has no such tensor"
+
+NAMES_KEY = "plymix.names"
+"""Where a result in diffusers' names says by which `habits` the base model's file had its own."""
+
+MOST_HABITS = 64
+"""More rules than this are no habits of a tool but names that someone made up."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,50 @@ def in_diffusers(arch: Architecture, shapes: Shapes, base: Paired) -> Respelling
                 views.setdefault(component, {})[name] = of
         unwritten.update((name, why) for name, why in found.unpaired.items() if name not in covered)
     return Respelling(views, unwritten)
+
+
+def habits(names: Mapping[str, str], arch: Architecture) -> dict[str, str]:
+    """What a file writes for starts ("vae.") and ends ("*norm.scale") of canonical names.
+
+    `names` says what it calls each. Nothing for names that do not follow from a few such rules;
+    those of the denoiser's start are said where only it tells them from diffusers' names.
+    """
+    rules: dict[str, str] = {}
+    for key, name in names.items():
+        ours, theirs = key.split("."), name.split(".")
+        if ours[-1] != theirs[-1]:
+            rules["*" + ".".join(ours[-2:])] = "*" + ".".join(theirs[-2:])
+            del ours[-2:], theirs[-2:]
+        while ours and theirs and ours[-1] == theirs[-1]:
+            del ours[-1], theirs[-1]
+        if ours or theirs:
+            rules["".join(f"{word}." for word in ours)] = "".join(f"{word}." for word in theirs)
+        if len(rules) > MOST_HABITS:
+            return {}
+    home = tables(DIFFUSERS).get((arch.name, arch.denoiser.name))
+    if not rules and home and home.file.same:
+        rules[home.prefix] = home.prefix
+    found = dict(sorted(rules.items(), key=lambda rule: (-len(rule[0]), rule[0])))
+    return found if all(habitual(found, key) == name for key, name in names.items()) else {}
+
+
+def habitual(habits: Mapping[str, str], key: str) -> str:
+    """The canonical `key` as a file with these `habits` calls it."""
+    ends = ((old[1:], new[1:]) for old, new in habits.items() if old[:1] == "*")
+    starts = ((old, new) for old, new in habits.items() if old[:1] != "*")
+    old, new = next(((old, new) for old, new in ends if key.endswith(old)), ("", ""))
+    name = key.removesuffix(old) + new
+    old, new = next(((old, new) for old, new in starts if key.startswith(old)), ("", ""))
+    return new + name.removeprefix(old)
+
+
+def remembered(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The habits that a file in diffusers' names had before, as its metadata says; {} for none."""
+    try:
+        said = msgspec.json.decode(metadata.get(NAMES_KEY, "{}"), type=dict[str, str])
+    except (msgspec.DecodeError, RecursionError):
+        return {}
+    return said if len(said) <= MOST_HABITS else {}
 
 
 def lone(shapes: Shapes, layout: str) -> tuple[Part, Mapping[str, tuple[View, ...]]] | None:

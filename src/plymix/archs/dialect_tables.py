@@ -190,6 +190,11 @@ class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     aliases: dict[str, str] = {}
     unwritten: dict[str, str] = {}
 
+    @property
+    def same(self) -> bool:
+        """Whether the dialect's names are the architecture's own."""
+        return "" in self.names
+
     def rows(self) -> Iterator[tuple[str, list[str]]]:
         """Every canonical name with its names in the dialect, <...> written out."""
         for name, target in self.names.items():

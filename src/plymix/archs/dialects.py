@@ -189,8 +189,7 @@ def recognise(shapes: Shapes, dialect: str = "diffusers") -> tuple[Part, ...]:
     if found.arch and found.kind == "denoiser" and not found.prefix:
         name = found.arch.denoiser.name
         home = known.get((found.arch.name, name))
-        same_names = home is not None and "" in home.file.names
-        if home and found.dialect == ("" if same_names else dialect):
+        if home and found.dialect == ("" if home.file.same else dialect):
             return (Part(found.arch, name),)
     parts: list[Part] = []
     for (arch, component), (file, _) in known.items():

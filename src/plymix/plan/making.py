@@ -78,11 +78,25 @@ class Making(Opening):
             return self.arch.alone(key, self.arch.component(self.alone))
         if self.completed:
             return key
+        if self.habits and self.arch:
+            once = respelling.habitual(self.habits, key)
+            known = self.arch.place(once)
+            if known and known.key == key:
+                return once
         if key in self.base.tensors:
             name = self.base.tensors[key].name
             old = "names" in self.recipe.output.repair and self.arch and self.arch.old_name(name)
             return key if old else name
         return next(i.tensors[key].name for i in self.inputs if key in i.tensors)
+
+    @cached_property
+    def habits(self) -> Mapping[str, str]:
+        """By what habits the base model had its own names, before it got diffusers' ones."""
+        base = self.base
+        completed = base.detection.kind == "denoiser" and self._others()
+        if completed or not (base.paired.dialect or self.recipe.output.layout):
+            return {}  # with a layout named: of some transformers both names are the same
+        return respelling.remembered(base.source.metadata)
 
     def _respelt(
         self, tensors: tuple[Tensor, ...], places: dict[str, Place], fates: dict[str, Fate]

@@ -309,13 +309,17 @@ class Opening:
     def _completed(self) -> bool:
         """Whether a denoiser alone becomes a checkpoint, whose names its keys take then."""
         output, detection = self.recipe.output, self.base.detection
-        others = {c for c, part in self.swaps.items() if part is not self.base}
-        if self.arch is None or output.component or not others - {self.arch.denoiser.name}:
+        if self.arch is None or output.component or not self._others():
             return False
         if detection.kind != "denoiser" or detection.prefix or self.base.paired.dialect:
             return False
         self.notes.append(f"the result is a checkpoint and has the names of {self.short} ones")
         return True
+
+    def _others(self) -> set[str]:
+        """The components besides the denoiser that are another file's."""
+        given = {c for c, part in self.swaps.items() if part is not self.base}
+        return given - {self.arch.denoiser.name} if self.arch else given
 
     def _alone(self) -> str:
         """The one component the result is to hold; "" for all."""
