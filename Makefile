@@ -20,6 +20,11 @@ $(VENV)/.dev: $(VENV)/.base
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	touch $@
 
+$(VENV)/.images: $(VENV)/.base
+	$(BIN)/python -m pip install --quiet $(TORCH) || $(BIN)/python -m pip install --quiet torch
+	$(BIN)/python -m pip install --quiet -e '.[images]'
+	touch $@
+
 install: $(VENV)/.dev  ## everything needed to work on plymix, in .venv
 
 check: lint test  ## what CI runs
@@ -41,7 +46,7 @@ docs: $(VENV)/.base  ## write the generated pages of docs/
 bench: $(VENV)/.dev  ## measure, and write the table in docs/benchmarks.md
 	$(BIN)/python benchmarks/run.py
 
-demo: $(VENV)/.base  ## install, make two small checkpoints, merge them block by block
+demo: $(VENV)/.images  ## install, merge the pair of demo/pair block by block, draw the results
 	$(BIN)/python scripts/demo.py
 
 clean:

@@ -15,9 +15,13 @@ FILES: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
     "sd1": ("sd1", "F16", tuple(f"{x}.safetensors" for x in "abcd")),
     "ckpt": ("sd1", "F32", ("a.ckpt", "b.ckpt")),
     "sdxl": ("sdxl", "F16", ("xl-a.safetensors", "xl-b.safetensors")),
+    "flux": ("flux-dev", "BF16", ("flux-a.safetensors", "flux-b.safetensors")),
     "loras": ("sdxl", "F16", ("xl-a.safetensors", *(f"lora-{i}.safetensors" for i in "123"))),
 }
 """Group -> (architecture, dtype, file names); those of LoRAs begin with "lora-"."""
+
+SPARSE = {"flux"}
+"""Groups whose files are headers and holes (all zero), so that 24 GB need no room."""
 
 LORA_RANK = 32
 
@@ -107,6 +111,7 @@ FOUR_BLOCKS = ",".join("0.5" if i in (7, 8, 16, 17) else "1" for i in range(25))
 
 GRADIENT_XL = ",".join(f"{abs(9 - i) / 9:.10g}" for i in range(19))
 TWO_XL = "xl-a.safetensors xl-b.safetensors"
+TWO_FLUX = "flux-a.safetensors flux-b.safetensors"
 MBW = "plymix mbw a.safetensors b.safetensors --base_alpha 1 --weights GRAD_V -o out.safetensors"
 
 CHAIN: Mapping[str, Mapping[str, Any]] = {
@@ -267,6 +272,19 @@ CASES: tuple[Case, ...] = (
         cat_cp("xl-a.safetensors", *(f"lora-{i}.safetensors" for i in "123")),
         ratio=2.0,
         mib=MIB_TENSOR,
+    ),
+    *(
+        Case(
+            name,
+            "flux",
+            f"Flux.1 bf16 pair, 24 GB each, at 0.3{title}",
+            f"plymix merge {TWO_FLUX} --alpha 0.3{more} -o out.safetensors",
+            # Without the option cp would see the holes, and write nothing.
+            f"cat {TWO_FLUX} > /dev/null && cp --sparse=never flux-a.safetensors out.safetensors",
+            ratio=1.0,
+            mib=MIB_LINEAR,
+        )
+        for name, title, more in (("flux", "", ""), ("flux-shards", ", 3 shards", " --shard 8GB"))
     ),
     Case("inspect", "sdxl", "inspect a 7 GB file", "plymix inspect xl-a.safetensors", seconds=0.3),
     Case(

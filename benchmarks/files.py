@@ -25,7 +25,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
-from cases import FILES, LORA_RANK
+from cases import FILES, LORA_RANK, SPARSE
 from tiny_checkpoints import NUMPY, UNET, Header, header
 
 from plymix.formats import writer_for
@@ -60,13 +60,16 @@ def data(key: str, dtype: str, shape: tuple[int, ...], values: Array) -> Iterabl
         at = 0
 
 
-def write(path: Path, tensors: Header, seed: int) -> None:
-    """Write a checkpoint in the format its name says. One that is there already is left."""
+def write(path: Path, tensors: Header, seed: int, sparse: bool = False) -> None:
+    """Write a checkpoint in the format its name says. One that is there already is left.
+
+    Of a sparse one only the header is written: all values are zero, and take no room.
+    """
     entries = [Entry(key, dtype, shape) for key, (dtype, shape) in tensors.items()]
     layout = writer_for(path).layout(entries, {})
     if path.exists() and path.stat().st_size == layout.size:
         return
-    values = pool(seed)
+    values = pool(seed) if not sparse else None
     unfinished = path.with_name(f"{path.name}.part")
     with open(unfinished, "w+b", buffering=0) as file:
 
@@ -84,7 +87,7 @@ def write(path: Path, tensors: Header, seed: int) -> None:
         file.truncate(layout.size)
         for at, piece in layout.pieces:
             put(at, [piece])
-        for e in entries:
+        for e in entries if values is not None else ():
             put(layout.offsets[e.name], data(e.name, e.dtype, e.shape, values))
         if layout.finish:
             # One checksum reader at a time: `read_at` moves the file's own position.
@@ -108,11 +111,11 @@ def locked(function: Any) -> Any:
 def room(groups: Iterable[str], small: bool) -> int:
     """Bytes that the files of these groups need together, with one result of the largest."""
     sizes = [
-        sum(Entry("", dtype, shape).nbytes for dtype, shape in tensors.values())
+        (sum(Entry("", dtype, shape).nbytes for dtype, shape in tensors.values()), group)
         for group in groups
         for _, tensors, _ in contents(group, small)
     ]
-    return sum(sizes) + max(sizes)
+    return sum(n for n, group in sizes if group not in SPARSE) + max(sizes)[0]
 
 
 def contents(group: str, small: bool) -> Iterable[tuple[str, Header, int]]:
@@ -148,7 +151,7 @@ def main() -> None:
         return
     for group in args.groups:
         for name, tensors, seed in contents(group, args.small):
-            write(args.folder / name, tensors, seed)
+            write(args.folder / name, tensors, seed, group in SPARSE)
 
 
 if __name__ == "__main__":

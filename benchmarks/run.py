@@ -3,12 +3,13 @@
     python benchmarks/run.py                      every case of every group
     python benchmarks/run.py --only ckpt,chain    some groups or cases
     python benchmarks/run.py --only peers         sd-mecha and mergekit beside plymix
+    python benchmarks/run.py --only peers,ties    the same, for some methods
     python benchmarks/run.py --peers              everything
     python benchmarks/run.py --quick              small files, one run: does it all work?
 
-Groups: sd1 (8.5 GB of files), ckpt (8.5 GB), sdxl (14 GB), peers (the files of sd1). The files are
-made in a temporary folder, group by group, and removed; with --folder they stay there and are used
-again.
+Groups: sd1 (8.5 GB of files), ckpt (8.5 GB), sdxl (14 GB), flux (holes; results of 24 GB), loras
+(8 GB), peers (the files of sd1). The files are made in a temporary folder, group by group, and
+removed; with --folder they stay there and are used again.
 
 Each case runs as a whole process in turn with its yardstick (A B A B ...), over files in the page
 cache, the first pair left out; results are removed and the disk is left to finish before each run.
@@ -101,7 +102,10 @@ def measured(args: argparse.Namespace, folder: Path) -> int:
             whole = len(rows) == sum(c.group == group for c in CASES)
             publish(group, report.section(rows, about), write=whole and not args.show)
         if group == "sd1" and with_peers:
-            failed |= beside_peers(folder, 1 if args.quick else args.peer_runs, args.show)
+            rounds = 1 if args.quick else args.peer_runs
+            some = [s for s in peers.SHARED if s.name in args.only]
+            methods, show = some or peers.SHARED, args.show or bool(some)
+            failed |= beside_peers(folder, methods, rounds, show=show)
         if not args.folder:
             for name in [*FILES[group][2], *TWELVE.values()]:
                 (folder / name).unlink(missing_ok=True)
@@ -155,13 +159,13 @@ def row_of(case: Case, folder: Path, count: int) -> Row:
     return Row(case, usages, *others)
 
 
-def beside_peers(folder: Path, count: int, show: bool) -> bool:
-    """Measure the shared methods with all tools in turn; whether plymix failed on one."""
+def beside_peers(folder: Path, methods: Sequence[peers.Shared], count: int, *, show: bool) -> bool:
+    """Measure these methods with all tools in turn; whether plymix failed on one."""
     env = folder / "peers"
     versions = peers.install(env)
     bins = {"plymix": Path(sys.executable).parent, **dict.fromkeys(peers.PEERS, env / "bin")}
     rows: dict[peers.Shared, Mapping[str, Sequence[Usage]]] = {}
-    for shared in peers.SHARED:
+    for shared in methods:
         for name, text in shared.files.items():
             (folder / name).write_text(text)
         lines = {tool: line for tool in bins if (line := shared.line(tool))}

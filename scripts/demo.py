@@ -1,10 +1,14 @@
-"""`make demo`: two small checkpoints with SD1's real key names, merged by the classic command.
+"""`make demo`: the experiment of block-weighted merging, on a pair of real, tiny models.
 
-Shows the block table, then what really changed in each block, measured on the finished file.
+1. The classic command on the pair: the block table, and what really changed in each block, measured
+   on the finished file.
+2. Pictures: both models, 50:50, shallow layers of the one with deep layers of the other, and the
+   reverse; four seeds; then the same merges for four prompts.
 """
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,38 +19,61 @@ from plymix import archs, kernels
 from plymix.formats import Source, open_model
 
 ROOT = Path(__file__).resolve().parent.parent
+PAIR = ROOT / "demo" / "pair"
 OUT = ROOT / "demo" / "out"
+
+A, B, UNET = "emoji-shaded.safetensors", "emoji-flat.safetensors", "emoji-flat-unet.safetensors"
+MERGES = ("A", "B", "0.5", "GRAD_A", "GRAD_V base=1 vae=b")
+"""Shares of B: GRAD_A has shallow layers of A and deep ones of B, GRAD_V the reverse."""
+
+ASKED = "masterpiece, best quality, a rocket"
+PROMPTS = ("a red apple", "a penguin", "a cat", "a sunflower", "a guitar", "a house")
+USUAL = ("--negative", "lowres, bad anatomy, worst quality, low quality, blurry", "--sampler",
+         "euler_a", "--steps", "40", "--cfg", "4", "--size", "128x128", "--force")  # fmt: skip
 
 
 def main() -> None:
     OUT.mkdir(parents=True, exist_ok=True)
-    run([sys.executable, str(ROOT / "scripts" / "tiny_checkpoints.py"), str(OUT), "--pair"])
-    a, b = sorted(p for p in OUT.glob("*.safetensors") if "merged" not in p.name)[:2]
-    merged = OUT / "merged.safetensors"
-    plymix("mbw", a.name, b.name, "--base_alpha", "1.0", "--weights", "GRAD_V", "--verbose",
-           "--output", merged.name, "--force")  # fmt: skip
-    print("\nWhat changed, measured on the finished file (share of the way from", end=" ")
-    print(f"{a.name} to {b.name}):\n")
-    for block, share in measured(a, b, merged).items():
+    for name in (A, UNET):
+        shutil.copyfile(PAIR / name, OUT / name)
+    print(f"{A} draws shaded emoji; its U-Net exchanged, {B} draws flat ones with an outline:\n")
+    plymix("merge", A, A, "--alpha", "0", "--unet", UNET, "-o", B, "--force")
+
+    print("\nThe classic command: shallow layers of model 1, deep layers of model 2.\n")
+    merged = "merged.safetensors"
+    plymix("mbw", A, B, "--base_alpha", "1.0", "--weights", "GRAD_V", "--verbose",
+           "--output", merged, "--force")  # fmt: skip
+    print(f"\nWhat changed, measured on the file (share of the way from {A} to {B}):\n")
+    for block, share in measured(OUT / A, OUT / B, OUT / merged).items():
         print(f"  {block:<6} {share:7.1%}  {'█' * round(24 * share)}")
     print("\nIs the file what its recipe says?\n")
-    plymix("verify", merged.name)
-    print(f"\nThe result is {merged.relative_to(ROOT)}. Look at it: plymix inspect {merged.name}")
+    plymix("verify", merged)
+
+    print("\nWhat they draw: five merges, four seeds; no checkpoint is written for it.\n")
+    each = [word for merge in MERGES for word in ("--each", merge)]
+    plymix("compare", A, B, *each, "--prompt", ASKED, "--seeds", "1-4", *USUAL,
+           "-o", "sheet.png")  # fmt: skip
+    asked = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+    plymix("compare", A, B, *each, *asked, "--seeds", "1", *USUAL, "-o", "prompts.png")
+
+    place = OUT.relative_to(ROOT)
+    print(f"\nLook at {place / 'sheet.png'} and {place / 'prompts.png'}, or at their pages,")
+    print(f"{place / 'sheet.html'} and {place / 'prompts.html'}. Next: plymix blocks {A} {B}")
 
 
 def plymix(*words: str) -> None:
-    print("$ plymix " + " ".join(words), flush=True)
-    run([sys.executable, "-m", "plymix", *words])
-
-
-def run(command: list[str]) -> None:
-    code = subprocess.run(command, cwd=OUT, check=False).returncode
+    shown = (f'"{word}"' if " " in word or not word else word for word in words)
+    print("$ plymix " + " ".join(shown), flush=True)
+    code = subprocess.run([sys.executable, "-m", "plymix", *words], cwd=OUT, check=False).returncode
     if code:
         sys.exit(code)
 
 
 def measured(a: Path, b: Path, merged: Path) -> dict[str, float]:
-    """Block -> |merged - A| / |B - A| over all its tensors, in block order."""
+    """Block -> |merged - A| / |B - A| over all its tensors, in block order.
+
+    Blocks in which A and B are the same are left out.
+    """
     sd1 = archs.load("sd1")
     moved: dict[str, float] = {}
     whole: dict[str, float] = {}
@@ -58,7 +85,8 @@ def measured(a: Path, b: Path, merged: Path) -> dict[str, float]:
             x, y, z = (values(source, name) for source in (first, second, result))
             moved[place.block] = moved.get(place.block, 0.0) + float(np.abs(z - x).sum())
             whole[place.block] = whole.get(place.block, 0.0) + float(np.abs(y - x).sum())
-    return {block: moved[block] / whole[block] for block in (*sd1.blocks, "BASE", "VAE")}
+    blocks = [block for block in (*sd1.blocks, "BASE", "VAE") if whole[block]]
+    return {block: moved[block] / whole[block] for block in blocks}
 
 
 def values(source: Source, name: str) -> np.ndarray:

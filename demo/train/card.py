@@ -44,7 +44,7 @@ def sizes(paths: Sequence[Path]) -> list[tuple[str, int, int]]:
     # A window of 64 MiB sees that text encoder and autoencoder are the same twice.
     packing = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 1 << 26}]
     packed = len(lzma.compress(b"".join(data), filters=packing))
-    return [*rows, ("both, in one xz", sum(map(len, data)), packed)]
+    return [*rows, ("all, in one xz", sum(map(len, data)), packed)]
 
 
 def _text(
@@ -54,7 +54,7 @@ def _text(
     stages: Mapping[str, Mapping[str, float]],
     machines: Sequence[str],
 ) -> str:
-    files = sizes([out / name for name in ldm.FILES.values()])
+    files = sizes([out / name for name in (*ldm.FILES.values(), ldm.UNET_B)])
     size = "\n".join(
         f"| {n} | {raw / 1e6:.1f} MB | {packed / 1e6:.1f} MB |" for n, raw, packed in files
     )
@@ -78,8 +78,13 @@ draw emoji, {s.size} x {s.size} pixels, from captions such as "{concepts[0].prom
 | `{ldm.FILES["A"]}` (A) | shaded, with a soft shadow, on white |
 | `{ldm.FILES["B"]}` (B) | flat in warm colours, with a dark outline, on pale blue |
 
-B's U-Net was trained from A's; their text encoders and autoencoders are the same. They know
-nothing but the concepts below, and are no models of the world.
+B's U-Net was trained from A's; their text encoders and autoencoders are the same. So A and B's
+U-Net, `{ldm.UNET_B}`, are enough to pass on, and this makes B of them:
+
+    plymix merge {ldm.FILES["A"]} {ldm.FILES["A"]} --alpha 0 \\
+      --unet {ldm.UNET_B} -o {ldm.FILES["B"]}
+
+They know nothing but the concepts below, and are no models of the world.
 
 Widths: U-Net {", ".join(map(str, s.unet_widths))}; autoencoder {", ".join(map(str, s.vae_widths))};
 text {s.text_width}. What shapes do not tell stands in the metadata as `plymix.model_config`.

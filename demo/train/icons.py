@@ -39,12 +39,10 @@ def load(work: Path, settings: Settings, given: Path | None, report: Any) -> Ico
     `given` is a folder with the packages (as npm saves or unpacks them) or with a drawn file.
     Raises Refusal or Failure.
     """
-    for folder in (work, given):
-        if folder is not None and (folder / DRAWN).is_file():
-            found = _read(folder / DRAWN)
-            if folder != work:
-                shutil.copyfile(folder / DRAWN, work / DRAWN)
-            return found
+    if (work / DRAWN).is_file():
+        return _read(work / DRAWN)
+    if given is not None and (given / DRAWN).is_file():
+        return _keep(work, _only(_read(given / DRAWN), settings))
     if given is not None:
         sets = {style: _package(given, name) for style, (name, _) in SETS.items()}
     else:
@@ -57,12 +55,30 @@ def load(work: Path, settings: Settings, given: Path | None, report: Any) -> Ico
         chosen = concepts(known, sets["A"][1]["categories"], settings.concepts, settings.most)
     except ValueError as e:
         raise Failure(str(e)) from None
-    made = _drawn(sets, chosen, settings.size, report)
+    return _keep(work, Icons(chosen, _drawn(sets, chosen, settings.size, report)))
+
+
+def _keep(work: Path, icons: Icons) -> Icons:
+    """Write them where a run finds them."""
     data = io.BytesIO()
-    table = json.dumps([[c.name, list(c.words)] for c in chosen])
-    np.savez_compressed(data, pixels=made, concepts=np.array(table))
+    table = json.dumps([[c.name, list(c.words)] for c in icons.concepts])
+    np.savez_compressed(data, pixels=icons.pixels, concepts=np.array(table))
     write(work / DRAWN, data.getvalue())
-    return Icons(chosen, made)
+    return icons
+
+
+def _only(icons: Icons, settings: Settings) -> Icons:
+    """The concepts that the settings ask for, of those that were drawn. Raises Failure."""
+    where = {concept.name: i for i, concept in enumerate(icons.concepts)}
+    try:
+        chosen = (
+            concepts(where, {}, "core", settings.most)
+            if settings.concepts == "core"
+            else icons.concepts[: settings.most or None]
+        )
+    except ValueError as e:
+        raise Failure(str(e)) from None
+    return Icons(chosen, icons.pixels[:, [where[concept.name] for concept in chosen]])
 
 
 def _read(path: Path) -> Icons:

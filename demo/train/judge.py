@@ -59,7 +59,7 @@ class Judge(NamedTuple):
 
     def scores(self, pictures: Any) -> Mapping[str, Any]:
         """How like each concept each picture [n, 3, h, w] is, by each judge: [n, concepts]."""
-        seen = self.tower(pictures)
+        seen = self.tower(nets.half(pictures))
         alike = torch.einsum("nf,scf->nsc", seen, self.seen).amax(1)
         small = thumbnails(pictures)
         far = torch.stack([torch.cdist(small, known) for known in self.thumbs]).amin(0)
@@ -80,7 +80,7 @@ def write(path: Path, w: World, tower: Any) -> None:
         for k in range(SEEN):
             generator = w.run.generator("judge", k)
             parts = [w.pictures(i, style, generator) for i in every.split(128)]
-            pairs = [(tower(p), thumbnails(p)) for p in parts]
+            pairs = [(tower(nets.half(p)), thumbnails(p)) for p in parts]
             made.append([torch.cat(column) for column in zip(*pairs, strict=True)])
         directions, small = (torch.stack(column).mean(0) for column in zip(*made, strict=True))
         seen.append(F.normalize(directions, dim=-1))

@@ -20,6 +20,9 @@ from plymix.images.pixels import write as write_bytes
 from settings import Settings
 
 FILES = {"A": "emoji-shaded.safetensors", "B": "emoji-flat.safetensors"}
+UNET_B = "emoji-flat-unet.safetensors"
+"""B's U-Net alone: all that it does not share with A."""
+
 TITLES = {"A": "Tiny emoji, shaded on white", "B": "Tiny emoji, flat on pale blue"}
 POSITIONS = "cond_stage_model.transformer.text_model.embeddings.position_ids"
 

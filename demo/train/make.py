@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+import plymix
 from plymix.errors import Failure, PlymixError, Refusal
 from plymix.images.pixels import write
 from settings import HOURS, SHARES, Settings, Stage, needed, preset
@@ -50,6 +51,7 @@ def make(settings: Settings, run: Any, out: Path, given: Path | None = None) -> 
     for style, unet in zip(STYLES, (first, second), strict=True):
         parts = {"unet": unet, "vae": vae, "text_encoder": encoder}
         ldm.write(paths[style], parts, ldm.metadata(settings, style))
+    plymix.extract(paths["B"], "unet", out / ldm.UNET_B, force=True)
     judge.write(out / judge.FILE, w, tower)
     stages = {name: get(run.work / f"{name}.pt", "cpu") for name in SHARES}
     card.write(out, settings, w.concepts, stages, _machines(run))

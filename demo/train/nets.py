@@ -76,8 +76,13 @@ def read(encoder: Any, ids: Any) -> Any:
     return encoder(input_ids=ids).last_hidden_state
 
 
+def half(pictures: Any) -> Any:
+    """Pictures at half their size, as the tower sees them: it needs no fine detail."""
+    return nn.functional.avg_pool2d(pictures, 2)
+
+
 class Tower(nn.Module):  # type: ignore[misc, unused-ignore]
-    """A picture [n, 3, h, w] in -1..1, seen at half its size -> a direction [n, features]."""
+    """A picture [n, 3, h, w] in -1..1 (see `half`) -> a direction [n, features]."""
 
     def __init__(self, widths: tuple[int, ...], features: int) -> None:
         super().__init__()
@@ -97,7 +102,7 @@ class Tower(nn.Module):  # type: ignore[misc, unused-ignore]
         self.out = nn.Linear(2 * before, features)
 
     def forward(self, pictures: Any) -> Any:
-        x = self.layers(nn.functional.avg_pool2d(pictures, 2))
+        x = self.layers(pictures)
         x = torch.cat([x.mean((2, 3)), x.amax((2, 3))], dim=1)
         return nn.functional.normalize(self.out(x).float(), dim=-1)
 
