@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import loras as made
 import plymix
-from plymix import cli, loras, replay
+from plymix import cli, loras
 from plymix.recipe import from_dict
 from small import draw, load, real, save
 from tiny import header, state, write
@@ -130,13 +130,6 @@ def test_halves_of_a_lora_are_the_lora(tmp_path):
         close(deltas(tmp_path / "r.safetensors")[module], want, 1e-5)
 
 
-def test_lora_files_say_that_they_do_not_replay(tmp_path):
-    file = lora_file(tmp_path / "l.safetensors", changes(1))
-    loras.resize(file, tmp_path / "o.safetensors", rank=1)
-    with pytest.raises(plymix.Refusal, match=r"o.safetensors is a LoRA file .*plymix\.lora"):
-        replay.verify(tmp_path / "o.safetensors")
-
-
 def test_one_lora_at_strength_1_is_itself_to_the_byte(tmp_path):
     file = lora_file(tmp_path / "l.safetensors", changes(1), dtype="F16")
     loras.merge([str(file)], tmp_path / "o.safetensors")
@@ -147,11 +140,34 @@ def test_one_lora_at_strength_1_is_itself_to_the_byte(tmp_path):
             assert after[key][1].tobytes() == x.tobytes()
 
 
-def test_a_lora_less_itself_is_refused(tmp_path):
-    file = lora_file(tmp_path / "l.safetensors", changes(1))
+@pytest.mark.parametrize("strengths", [(1, -1), (0.1, 0.2, -0.3), (0,)])
+@pytest.mark.parametrize("rank", [None, 4])
+@pytest.mark.parametrize("family", [made.lora, made.full])
+def test_a_lora_less_itself_is_refused(tmp_path, strengths, rank, family):
+    if family is made.full and len(strengths) == 3:
+        strengths = (0.25, 0.5, -0.75)  # whose sum is 0 in float32, too
+    file = lora_file(tmp_path / "l.safetensors", changes(1, family=family))
     with pytest.raises(plymix.Refusal, match="nothing is changed"):
-        loras.merge([f"{file}", f"{file}:-1"], tmp_path / "o.safetensors", rank=4)
+        loras.merge([f"{file}:{s}" for s in strengths], tmp_path / "o.safetensors", rank=rank)
     assert [p.name for p in tmp_path.iterdir()] == ["l.safetensors"]
+
+
+def test_a_module_that_comes_to_nothing_is_told_and_left_out(tmp_path):
+    """Of one module the sum is 0, of another a factor, of a third neither."""
+    a = lora_file(tmp_path / "a.safetensors", changes(1, (Q, DEEP)))
+    other = {Q: changes(1, (Q,))[Q], CONV: changes(4, (CONV,))[CONV]}
+    b = lora_file(tmp_path / "b.safetensors", other)
+    up = f"{name(CONV)}.lora_up.weight"
+    tensors = load(b)[0]
+    save(b, {**tensors, up: ("F32", np.zeros_like(tensors[up][1]))})
+    found = loras.merge([f"{a}", f"{b}:-1"], tmp_path / "o.safetensors")
+    assert set(deltas(tmp_path / "o.safetensors")) == {name(DEEP)}
+    assert found.modules == 1
+    (note,) = found.notes
+    assert note.startswith("2 modules change nothing")
+    # A small change beside large ones that cancel is a change.
+    loras.merge([f"{a}:1000", f"{a}:-999.99"], tmp_path / "p.safetensors")
+    close(deltas(tmp_path / "p.safetensors")[name(Q)], 0.01 * deltas(a)[name(Q)], 0.05)
 
 
 LINEAR = ("LoRA", "LoRA without alpha", "LoHa", "LoKr", "LoKr, both products",
@@ -519,7 +535,7 @@ def test_hashes_and_dimensions_are_new_and_tags_are_added(tmp_path):
     recipe = json.loads(found["plymix.lora"])
     sums = [hashlib.sha256(f.read_bytes()).hexdigest() for f in files]
     assert [i["sha256"] for i in recipe["inputs"]] == sums
-    assert recipe["strengths"] == [[1.0, None], [1.0, None]]
+    assert [i["file"] for i in recipe["inputs"]] == [f.name for f in files]
     assert str(tmp_path) not in json.dumps(found)
 
 
@@ -553,7 +569,8 @@ def test_kohyas_hashes(tmp_path):
 # --- what is refused
 
 
-def test_what_cannot_be_is_refused_by_name(models, tmp_path):
+def test_what_cannot_be_is_refused_by_name(models, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     file = lora_file(tmp_path / "l.safetensors", changes(1))
     dora = lora_file(tmp_path / "d.safetensors", {Q: made.LINEAR["DoRA"](HEADER[Q][1], 1)})
     a, out = models / "a.safetensors", tmp_path / "o.safetensors"
@@ -580,6 +597,14 @@ def test_what_cannot_be_is_refused_by_name(models, tmp_path):
         (lambda: loras.extract(a, a, out, rank=2), "nothing is changed"),
         (lambda: loras.extract(a, file, out, rank=2), "name a model, whole"),
         (lambda: loras.extract(a, a, out, rank=2, family="loha"), "lora and lokr"),
+        (lambda: loras.extract(a, a, out, rank=2, factor=4), "factor = 4 is for LoKr"),
+        (lambda: loras.merge([str(file)], out, rank=0), "rank = 0: give 1 or more"),
+        (lambda: loras.resize(file, out, rank=4, conv_rank=0), "conv-rank = 0: give 1"),
+        (lambda: loras.merge([str(file)], out, energy=0), "energy = 0 is no share"),
+        (lambda: loras.merge([str(file)], out, size=0), "size = 0 is no size"),
+        (lambda: loras.merge([str(file)], out, lbw="OUTAL"), "mean OUTALL.*NONE, ALL.*M00"),
+        (lambda: loras.merge([str(file)], out, lbw={"OUTAL": 1}), "mean OUTALL.*NONE, ALL.*M00"),
+        (lambda: loras.merge([str(file), f"<lora:{file.stem}:1:lbw=WRONG>"], out), "are NONE, ALL"),
         (lambda: loras.convert(file, out, to="peft"), "PEFT cannot say.*lora_te.*FILE:1:0"),
         (lambda: loras.convert(file, out, to="kohia"), "did you mean kohya"),
         (lambda: loras.convert(file, tmp_path / "o.ckpt", to="kohya"), "written as .safetensors"),
@@ -673,6 +698,24 @@ def test_strict(tmp_path, capsys):
     code, _, err = run(capsys, "lora", "resize", file, "--rank", 2, "-o", out)
     assert code == 0
     assert "note: l.safetensors: 1 tensors left out" in err
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_strict_refuses_modules_of_no_known_model(tmp_path, capsys, known):
+    more = {f"lora_unet_blob.lora_{end}.weight": draw("F32", shape)
+            for end, shape in {"up": (8, 2), "down": (2, 8)}.items()}  # fmt: skip
+    file = lora_file(tmp_path / "l.safetensors", changes(1) if known else {})
+    save(file, {**load(file)[0], **more})
+    out = tmp_path / "o.safetensors"
+    code, _, err = run(capsys, "lora", "merge", file, "-o", out, "--strict")
+    assert code == 2
+    assert "1 modules are in no" in err
+    assert "lora_unet_blob (l.safetensors); leave out --strict" in err
+    assert not out.exists()
+    code, _, err = run(capsys, "lora", "merge", file, "-o", out)
+    assert code == 0
+    assert ("1 modules are in no SD1 model" in err) == known
+    assert "lora_unet_blob" in deltas(out)
 
 
 # --- other architectures

@@ -112,7 +112,7 @@ def test_peft_runs_a_dora(base, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("key", KOHYA)
-@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("rank", [None, 4])
 def test_peft_runs_what_is_merged(key, rank, base, tmp_path):
     one = made.lora(HEADER[key][1], 1, rank=2, alpha=3)
     two = made.loha(HEADER[key][1], 2, rank=1)
@@ -136,7 +136,7 @@ def test_lycoris_runs_what_is_converted(family, key, base, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [None, 1])
 @pytest.mark.parametrize("key", KOHYA)
 def test_lycoris_runs_what_is_extracted(key, rank, tmp_path):
     change = made.lokr(HEADER[key][1], 1, rank=1)

@@ -25,7 +25,7 @@ from plymix import recipe as recipes
 from plymix.archs.views import CLASSIC
 from plymix.errors import Refusal, listed, unknown
 from plymix.expr import Leaf
-from plymix.finding import find
+from plymix.finding import find, needed
 from plymix.formats import Source, is_folder_name, open_model, writer_for
 from plymix.formats.base import Content, Layout
 from plymix.formats.diffusers import MODEL_INDEX
@@ -375,7 +375,7 @@ def _plan(
     if isinstance(a, Recipe):
         if b is not None or options:
             raise Refusal("a Recipe says it all: give no second model and no merge options with it")
-        paths = find(a, folders)
+        paths = find(needed(a), folders)
         whole = aimed(a, path) if path else a
         return planning.build(whole, folders=folders, paths=paths, strict=strict)
     if b is None:

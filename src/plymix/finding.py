@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,25 +19,29 @@ if TYPE_CHECKING:
 Folders = Sequence["str | os.PathLike[str]"]
 
 
+def needed(recipe: Recipe) -> dict[str, Model]:
+    """The models that `recipe` needs and knows the SHA-256 of, by their names in it."""
+    used = {name for step in recipe.order() for name in recipe.uses(step)}
+    used |= {recipe.base(), *recipe.parts}
+    return {name: model for name, model in recipe.models.items() if name in used and model.sha256}
+
+
 def find(
-    recipe: Recipe,
+    models: Mapping[str, Model],
     folders: Folders = (),
     beside: Folders = (),
     progress: ProgressCallback | None = None,
 ) -> dict[str, Path]:
-    """The files of those models that `recipe` needs and knows the SHA-256 of, by their names in it.
+    """The files of `models`, whose SHA-256 are known, by their names.
 
-    They are looked for by name as the recipe has it, in `folders` and in `beside`, and by content
+    They are looked for by name as a recipe has it, in `folders` and in `beside`, and by content
     anywhere below `folders`. Raises Refusal that names all that are missing or altered.
     """
-    used = {name for step in recipe.order() for name in recipe.uses(step)}
-    used |= {recipe.base(), *recipe.parts}
-    known = {name: model for name, model in recipe.models.items() if name in used and model.sha256}
     places = [Path(), *(Path(f).expanduser() for f in (*folders, *beside))]
     found: dict[str, Path] = {}
     trouble: list[str] = []
-    stopped = _stopped(progress, found, len(known))
-    for name, model in known.items():
+    stopped = _stopped(progress, found, len(models))
+    for name, model in models.items():
         here = next((c for c in _named(model, places) if _is(model, c, stopped)), None)
         here = here or _by_content(model, folders, stopped)
         web = urls.path(model.file) if urls.is_url(model.file) else None

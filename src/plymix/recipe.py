@@ -31,8 +31,7 @@ METADATA_KEY = "plymix.recipe"
 """Where a result carries its recipe in its metadata."""
 
 LORA_KEY = "plymix.lora"
-"""Where a LoRA file says how it was made: {"made": "merge", "inputs": [{"file", "size", "sha256"}],
-...} as JSON."""
+"""Where a LoRA file says how it was made, as JSON: `plymix.loras.record`."""
 
 DTYPES = {
     "keep": "", "fp32": "F32", "fp16": "F16", "bf16": "BF16",
@@ -494,8 +493,8 @@ def from_metadata(metadata: Mapping[str, str], where: str) -> Recipe:
     text = metadata.get(METADATA_KEY)
     if text is None and LORA_KEY in metadata:
         raise Refusal(
-            f"{where} is a LoRA file that plymix made, and those carry no recipe to replay; plymix"
-            f" inspect shows under {LORA_KEY} what it was made of and how"
+            f"{where} is a LoRA file that plymix made of others, which a recipe cannot say; plymix"
+            " recipe show prints how, plymix replay makes it again"
         )
     if text is None:
         raise Refusal(f"{where} carries no plymix recipe")
@@ -579,10 +578,14 @@ def _opened(weight: Any) -> dict[str, Any]:
 def to_toml(recipe: Recipe) -> str:
     """The recipe as TOML for people; `from_toml` reads it back to an equal one."""
     found = to_dict(recipe)
-    tables: list[tuple[str, dict[str, Any]]] = [("models", found["models"])]
-    tables += [(f"steps.{_toml_key(name)}", step) for name, step in found["steps"].items()]
-    tables.append(("output", found["output"]))
-    return "\n".join("\n".join([f"[{name}]", *_toml_lines(fields)]) for name, fields in tables)
+    tables: list[tuple[str, dict[str, Any]]] = [("[models]", found["models"])]
+    tables += [(f"[steps.{_toml_key(name)}]", step) for name, step in found["steps"].items()]
+    return toml([*tables, ("[output]", found["output"])])
+
+
+def toml(tables: Iterable[tuple[str, Mapping[str, Any]]]) -> str:
+    """Tables as TOML: their headings, such as "[models]", each with its fields."""
+    return "\n".join("\n".join([heading, *_toml_lines(fields)]) for heading, fields in tables)
 
 
 def _toml_lines(fields: Mapping[str, Any]) -> Iterator[str]:

@@ -5,24 +5,28 @@ from __future__ import annotations
 import os
 import threading
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from plymix import api, engine, metadata
 from plymix import plan as planning
 from plymix import recipe as recipes
 from plymix.engine import ProgressCallback
 from plymix.errors import listed
-from plymix.finding import Folders, find
+from plymix.finding import Folders, find, needed
 from plymix.folder import configs
 from plymix.formats import Handle, is_folder_name, open_model, sharded
 from plymix.formats.base import Part
 from plymix.plan import Plan
-from plymix.recipe import Recipe
+from plymix.recipe import LORA_KEY, METADATA_KEY, Model, Recipe
+
+if TYPE_CHECKING:
+    from plymix.loras import Made
+    from plymix.loras.record import Record
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,18 @@ class Verdict:
     text: str
 
 
-def embedded(path: Path) -> Recipe:
-    """The recipe that the file `path` carries. Raises Refusal when it carries none."""
+def embedded(path: Path) -> Recipe | Record:
+    """The recipe that the file `path` carries, or the record of a LoRA file made of others.
+
+    Raises Refusal when it carries none.
+    """
     with open_model(path) as source:
-        return recipes.from_metadata(source.metadata, path.name)
+        said = source.metadata
+    if LORA_KEY in said and METADATA_KEY not in said:
+        from plymix.loras import record
+
+        return record.from_metadata(said, path.name)
+    return recipes.from_metadata(said, path.name)
 
 
 def replay(
@@ -47,17 +59,23 @@ def replay(
     force: bool = False,
     threads: int = 0,
     progress: ProgressCallback | None = None,
-) -> api.Result:
+) -> api.Result | Made:
     """Rebuild the result `path`, byte for byte, into `out` (default: NAME-replay in this folder).
 
     Inputs are found by name beside `path`, in this folder and in `folders`, and by content
-    anywhere below `folders`. Raises Refusal that names an input that is missing or altered.
+    anywhere below `folders`. A model gives an `api.Result`, a LoRA file made of others a
+    `loras.Made`. Raises Refusal that names an input that is missing or altered.
     """
     path = Path(path)
     own = _own_name(path)
     out = Path(out) if out else Path(f"{own.stem}-replay{own.suffix}")
     api.ready(out, force)
     recipe = embedded(path)
+    if not isinstance(recipe, Recipe):
+        from plymix import loras
+
+        files = _found(recipe.models, path, folders, progress)
+        return loras.remade(recipe, files, out, force=force, threads=threads, progress=progress)
     with _planned(recipe, path, folders, progress) as plan:
         return api.run(plan, out, threads=threads, progress=progress)
 
@@ -71,7 +89,13 @@ def _own_name(path: Path) -> Path:
 def _planned(
     recipe: Recipe, path: Path, folders: Folders, progress: ProgressCallback | None
 ) -> Plan:
-    return planning.build(recipe, paths=find(recipe, folders, (path.parent,), progress))
+    return planning.build(recipe, paths=_found(needed(recipe), path, folders, progress))
+
+
+def _found(
+    models: Mapping[str, Model], path: Path, folders: Folders, progress: ProgressCallback | None
+) -> dict[str, Path]:
+    return find(models, folders, (path.parent,), progress)
 
 
 def verify(
@@ -83,11 +107,16 @@ def verify(
 ) -> Verdict:
     """Whether `path` holds exactly what its recipe makes. Nothing is written.
 
-    Inputs are found as by `replay`. Raises Refusal when there is no recipe, or an input is
-    missing or altered.
+    A LoRA file made of others is made again into a temporary file. Inputs are found as by `replay`.
+    Raises Refusal when there is no recipe, or an input is missing or altered.
     """
     path = Path(path)
     recipe = embedded(path)
+    if not isinstance(recipe, Recipe):
+        from plymix.loras import again
+
+        files = _found(recipe.models, path, folders, progress)
+        return Verdict(*again.verified(path, recipe, files, threads=threads, progress=progress))
     with _planned(recipe, path, folders, progress) as plan:
         return _compare(plan, recipe, path, threads, progress)
 

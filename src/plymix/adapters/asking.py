@@ -155,7 +155,8 @@ def factors(text: str, field: str = "--lbw") -> Any:
         if equals and not _NUMBER.fullmatch(number):
             raise Refusal(f"{field}: {word} is not BLOCK=NUMBER")
         if not equals and not re.fullmatch(r"[A-Za-z]+\d*(-[A-Za-z]+\d*)?", name):
-            raise unknown(f"preset for {field}", word, presets(), help="or numbers, or block names")
+            hint = f"presets are {', '.join(presets())}; or give numbers, or block names"
+            raise unknown(f"preset for {field}", word, presets(), help=hint)
         if name in table:
             raise Refusal(f"{field}: {name} is there twice")
         table[name] = float(number) if equals else 1.0

@@ -32,6 +32,10 @@ SMALL = 256
 """Of matrices with a side no longer than this all singular values are found as quickly."""
 
 
+CANCELLED = 1e-7
+"""A product so much shorter than its factors is what rounding to float32 left of 0."""
+
+
 @dataclass(frozen=True)
 class Factored:
     """D ~ u diag(s) vt: `u` (m, k) with orthonormal columns, `s` (k,) falling, `vt` (k, n).
@@ -65,6 +69,13 @@ def energy(d: Matrix) -> float:
     step = 1 << 16
     parts = (flat[i : i + step].astype(np.float64) for i in range(0, flat.size, step))
     return math.fsum(float(x @ x) for x in parts)
+
+
+def vanishes(up: Matrix, down: Matrix) -> bool:
+    """Whether `up @ down` is 0 but for rounding: its parts are, or take each other off."""
+    u, d = up.astype(np.float64), down.astype(np.float64)
+    squared = float(((u.T @ u) * (d @ d.T)).sum())
+    return squared <= CANCELLED**2 * energy(up) * energy(down)
 
 
 def whole(d: Matrix) -> Factored:
@@ -174,13 +185,15 @@ def _pairs(spectra: Sequence[Any], costs: Sequence[int]) -> list[tuple[Any, int]
 # --- other families as products ------------------------------------------------------------------
 
 
-def joined(factors: Sequence[tuple[Matrix, Matrix]]) -> tuple[Matrix, Matrix]:
-    """The sum of products as one product: factors side by side.
+def beside(factors: Sequence[tuple[Matrix, Matrix]]) -> tuple[Matrix, Matrix]:
+    """The sum of products as one product: factors side by side."""
+    return np.concatenate([u for u, _ in factors], axis=1), np.concatenate([d for _, d in factors])
 
-    Where that is more than the smaller side of the matrix, the sum itself times the identity.
-    """
-    up = np.concatenate([u for u, _ in factors], axis=1)
-    down = np.concatenate([d for _, d in factors])
+
+def joined(factors: Sequence[tuple[Matrix, Matrix]]) -> tuple[Matrix, Matrix]:
+    """The same with no more columns than the smaller side of the matrix has: the sum itself times
+    the identity, where it would be more."""
+    up, down = beside(factors)
     (m, k), n = up.shape, down.shape[1]
     if k <= min(m, n):
         return up, down

@@ -7,6 +7,7 @@ block name.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -98,7 +99,7 @@ def factors(setting: Any, arch: Architecture, field: str = "blocks") -> dict[str
             if len(preset) == 1:
                 return dict.fromkeys((*text, *arch.blocks), preset[0])
             return _listed(preset, arch, text, f"{field} = {setting}")
-        raise unknown(f"preset for {field}", setting, presets(), help="or numbers, or block names")
+        raise _unknown(setting, arch, text, field)
     if isinstance(setting, Mapping) and "curve" not in setting and "blocks" not in setting:
         named = {k: v for k, v in setting.items() if k not in ("base", "default")}
         setting = {k: v for k, v in setting.items() if k not in named} | {"blocks": named}
@@ -126,6 +127,9 @@ def _named(
             others[name] = value
         else:
             said |= dict.fromkeys([mine] if mine else text, value)
+    for name in others:
+        if not re.search(r"[\d-]", name) and name.upper() not in arch.blocks:
+            raise _unknown(name, arch, text, field)
     found = weights.resolve(
         weights.from_toml({"blocks": others, "default": default}, field=field),
         arch.blocks,
@@ -138,6 +142,16 @@ def _named(
             raise Refusal(f"{field}: {name} is {value!r}, not a number")
         said[name] = number
     return said | found.blocks
+
+
+def _unknown(name: str, arch: Architecture, text: tuple[str, ...], field: str) -> Refusal:
+    blocks = f"{', '.join(text)}, {weights.spans(arch.blocks)}"
+    return unknown(
+        f"preset or block in {field}",
+        name,
+        (*presets(), *text, *arch.blocks),
+        help=f"presets are {', '.join(presets())}; blocks are {blocks}",
+    )
 
 
 def _listed(

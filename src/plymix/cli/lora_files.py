@@ -23,12 +23,14 @@ To = Literal["kohya", "kohya-diffusers", "lycoris", "diffusers", "peft", "comfyu
 Output = Annotated[
     str, option("The result: .safetensors.", "--output", "-o", default=False, metavar="FILE")
 ]
-Rank = Annotated[int, option("Give every module this rank at most.", default=False, metavar="N")]
+Rank = Annotated[
+    int | None, option("Give every module this rank at most.", default=False, metavar="N")
+]
 ConvRank = Annotated[
-    int, option("Another rank for convolution kernels.", default=False, metavar="N")
+    int | None, option("Another rank for convolution kernels.", default=False, metavar="N")
 ]
 Energy = Annotated[
-    float,
+    float | None,
     option(
         "Keep this share of each module's change (of its squared numbers): 0.99.",
         default=False,
@@ -36,7 +38,7 @@ Energy = Annotated[
     ),
 ]
 Size = Annotated[
-    str,
+    str | None,
     option(
         "Make the file this large, with ranks where they matter most: 150MB.",
         default=False,
@@ -64,9 +66,9 @@ Preview = Annotated[bool, option("Compute, show, and write nothing.", default=Fa
 def merge(
     *loras: Annotated[str, argument("FILE, FILE:STRENGTH, FILE:STRENGTH:TEXT_STRENGTH or a tag.")],
     output: Output = "",
-    rank: Rank = 0,
-    energy: Energy = 0.0,
-    size: Size = "",
+    rank: Rank = None,
+    energy: Energy = None,
+    size: Size = None,
     lbw: Lbw = "",
     to: Spelling = None,
     base: Base = "",
@@ -86,7 +88,7 @@ def merge(
     from plymix import loras as making
     from plymix.adapters import asking
 
-    options: dict[str, Any] = {"rank": rank, "energy": energy, "size": size or 0}
+    options: dict[str, Any] = {"rank": rank, "energy": energy, "size": size}
     options |= {"to": to or "", "base": base}
     options |= {"lbw": asking.factors(lbw) if lbw else None, "strict": strict, "seed": seed}
     _run(making.merge, (loras,), output, options, dtype, dry_run, force, threads, json)
@@ -98,14 +100,19 @@ def extract(
     /,
     *,
     output: Output = "",
-    rank: Rank = 0,
-    conv_rank: ConvRank = 0,
-    energy: Energy = 0.0,
-    size: Size = "",
+    rank: Rank = None,
+    conv_rank: ConvRank = None,
+    energy: Energy = None,
+    size: Size = None,
     family: Annotated[Literal["lora", "lokr"], option("lokr: Kronecker products.")] = "lora",
     factor: Annotated[
-        int, option("LoKr: largest side of the small factor; -1 finds one.", metavar="N")
-    ] = -1,
+        int | None,
+        option(
+            "LoKr: largest side of the small factor. [default: -1, about the root]",
+            default=False,
+            metavar="N",
+        ),
+    ] = None,
     no_text_encoders: Annotated[
         bool, option("Leave out the text encoders.", "--no-text-encoders", default=False)
     ] = False,
@@ -129,7 +136,7 @@ def extract(
     from plymix import loras as making
 
     options: dict[str, Any] = {"rank": rank, "conv_rank": conv_rank, "energy": energy}
-    options |= {"size": size or 0, "family": family, "factor": factor, "diffs": diffs}
+    options |= {"size": size, "family": family, "factor": factor, "diffs": diffs}
     options |= {"text_encoders": not no_text_encoders, "conv": not no_conv, "to": to, "seed": seed}
     _run(making.extract, (tuned, base), output, options, dtype, dry_run, force, threads, json)
 
@@ -139,10 +146,10 @@ def resize(
     /,
     *,
     output: Output = "",
-    rank: Rank = 0,
-    conv_rank: ConvRank = 0,
-    energy: Energy = 0.0,
-    size: Size = "",
+    rank: Rank = None,
+    conv_rank: ConvRank = None,
+    energy: Energy = None,
+    size: Size = None,
     to: Spelling = None,
     base: Base = "",
     dtype: Annotated[Dtype, option("Number format of the result.")] = "keep",
@@ -160,7 +167,7 @@ def resize(
     """
     from plymix import loras as making
 
-    options = {"rank": rank, "conv_rank": conv_rank, "energy": energy, "size": size or 0}
+    options = {"rank": rank, "conv_rank": conv_rank, "energy": energy, "size": size}
     options |= {"to": to or "", "base": base, "strict": strict, "seed": seed}
     _run(making.resize, (file,), output, options, dtype, dry_run, force, threads, json)
 
@@ -216,10 +223,10 @@ def _run(
     if json:
         screen.put_json(made.to_dict())
     else:
-        _show(made)
+        show(made)
 
 
-def _show(made: Made) -> None:
+def show(made: Made) -> None:
     from plymix.api import size
 
     columns = ["block", ">modules", ">rank"] + ([">error"] if made.error is not None else [])

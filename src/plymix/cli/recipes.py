@@ -92,7 +92,7 @@ def planned(
 
     _checked(folders)
     with screen.ProgressLine() as progress:
-        paths = finding.find(recipe, folders, beside, progress)
+        paths = finding.find(finding.needed(recipe), folders, beside, progress)
     return plan.build(recipe, folders=(*folders, *beside), paths=paths, strict=strict)
 
 
@@ -154,7 +154,9 @@ def replay(
     The models are found by name or by content; a missing or changed one is refused by name. Without
     --output the result is called FILE-replay, in the current folder.
     """
+    from plymix import api
     from plymix import replay as replaying
+    from plymix.cli import lora_files
 
     with screen.ProgressLine() as progress:
         result = replaying.replay(
@@ -164,8 +166,10 @@ def replay(
         screen.note(text)
     if json:
         screen.put_json(result.to_dict())
-    else:
+    elif isinstance(result, api.Result):
         screen.put(made(result, result.formula))
+    else:
+        lora_files.show(result)
 
 
 def verify(
@@ -193,17 +197,23 @@ def verify(
 def show(file: Annotated[str, argument("A result of plymix.")], /, *, json: Json = False) -> None:
     """Print the recipe that a result carries.
 
-    As TOML that plymix run takes, or as JSON.
+    As TOML that plymix run takes, or as JSON. Of a LoRA file made of others: what it was made of
+    and how.
     """
-    from plymix import api
     from plymix import recipe as recipes
+    from plymix import replay as replaying
 
-    with api.open(file) as source:
-        found = recipes.from_metadata(source.metadata, source.path.name)
-    if json:
-        screen.put_json(recipes.to_dict(found))
+    found = replaying.embedded(Path(file))
+    if isinstance(found, recipes.Recipe):
+        said, toml = recipes.to_dict(found), recipes.to_toml(found)
     else:
-        screen.put(recipes.to_toml(found).rstrip())
+        from plymix.loras import record
+
+        said, toml = record.to_dict(found), record.to_toml(found)
+    if json:
+        screen.put_json(said)
+    else:
+        screen.put(toml.rstrip())
 
 
 def import_(

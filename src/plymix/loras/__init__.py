@@ -11,32 +11,39 @@ right whatever the files' are. Each returns `Made`.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
-from plymix import api, hashes
+from plymix import api
 from plymix.errors import Refusal, listed
 from plymix.formats import Source, open_model
-from plymix.recipe import LORA_KEY
+from plymix.recipe import LORA_KEY, Model
 
 if TYPE_CHECKING:
     from plymix.adapters import Adapter
     from plymix.adapters.spelling import Dialect
+    from plymix.adapters.strengths import Strength
     from plymix.archs import Architecture
     from plymix.engine import ProgressCallback
-    from plymix.loras.parts import Part
-    from plymix.loras.work import Found, Piece, Policy, Spool
+    from plymix.loras.parts import Gathered
+    from plymix.loras.record import Input, Record
+    from plymix.loras.work import Found, Piece, Spool
 
 PathLike = Union[str, "os.PathLike[str]"]
+WORKING = {
+    "merge": "merging",
+    "extract": "extracting",
+    "resize": "resizing",
+    "convert": "converting",
+}
 UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
 
 
@@ -74,9 +81,9 @@ def merge(
     loras: Sequence[str],
     out: PathLike | None = None,
     *,
-    rank: int = 0,
-    energy: float = 0.0,
-    size: int | str = 0,
+    rank: int | None = None,
+    energy: float | None = None,
+    size: int | str | None = None,
     lbw: Any = None,
     base: PathLike = "",
     to: str = "",
@@ -96,43 +103,45 @@ def merge(
     in bytes ("150MB"). `lbw` are block weights as in a bake. `base` is a model whose names count,
     where plymix does not know the architecture's; `to` the dialect of the result ("kohya",
     "diffusers", "peft", "comfyui", "lycoris", "kohya-diffusers"), by default the first one's.
-    `strict` refuses files with tensors that are no part of a LoRA. Raises Refusal.
+    `strict` refuses files with tensors that are no part of a LoRA, and modules that are in no model
+    that plymix knows. Raises Refusal.
     """
     from plymix.adapters import asking
+    from plymix.loras.record import Input, Record
 
     asked = asking.asked(loras, (".",))
     if not asked:
         raise Refusal("no LoRA is named; write plymix lora merge A:0.7 B:0.3 -o OUT")
     if any(one.rules for one in asked):
         raise Refusal("element rules (lbwe) are for plymix lora bake; give --lbw BLOCK=NUMBER")
-    formula = _formula([(one.strength, Path(one.file).name) for one in asked])
-    if any(one.te_strength not in (None, one.strength) for one in asked):
-        text = [one.strength if one.te_strength is None else one.te_strength for one in asked]
-        formula += f", text encoder {', '.join(f'{x:.4g}' for x in text)}"
-    policy = _policy(rank=rank, energy=energy, size=size)
-    job = _Job("merge", formula, out, dtype, seed, dry_run, force, threads, progress)
-
-    def strengths(adapters: Sequence[Adapter], arch: Architecture | None) -> list[Any]:
-        blocks = [lbw if one.blocks is None else one.blocks for one in asked]
-        return [
-            _strength(one.strength, one.te_strength, b, arch)
-            for one, b in zip(asked, blocks, strict=True)
-        ]
-
-    said = {"strengths": [[one.strength, one.te_strength] for one in asked], "lbw": lbw}
-    return _of_loras(
-        job, [one.file for one in asked], strengths, policy, base, to, False, strict, said
+    record = Record(
+        "merge",
+        tuple(
+            Input(
+                one.file,
+                strength=one.strength,
+                te_strength=one.te_strength,
+                blocks=lbw if one.blocks is None else one.blocks,
+            )
+            for one in asked
+        ),
+        base=_base(base),
+        dialect=to,
+        dtype=dtype,
+        seed=seed,
+        **_limits(rank=rank, energy=energy, size=size),
     )
+    return _made(record, _Job(out, strict, dry_run, force, threads, progress))
 
 
 def resize(
     lora: PathLike,
     out: PathLike | None = None,
     *,
-    rank: int = 0,
-    conv_rank: int = 0,
-    energy: float = 0.0,
-    size: int | str = 0,
+    rank: int | None = None,
+    conv_rank: int | None = None,
+    energy: float | None = None,
+    size: int | str | None = None,
     base: PathLike = "",
     to: str = "",
     dtype: str = "keep",
@@ -148,12 +157,20 @@ def resize(
     With `energy` and `size` every module gets a rank of its own. The strength stays what it was.
     The result is a LoRA whatever family `lora` is of. Other options as for `merge`.
     """
-    policy = _policy(rank=rank, conv_rank=conv_rank, energy=energy, size=size)
-    if policy.exact:
+    from plymix.loras.record import Input, Record
+
+    record = Record(
+        "resize",
+        (Input(os.fspath(lora)),),
+        base=_base(base),
+        dialect=to,
+        dtype=dtype,
+        seed=seed,
+        **_limits(rank=rank, conv_rank=conv_rank, energy=energy, size=size),
+    )
+    if record.policy.exact:
         raise Refusal("resize to what? give --rank N, --energy 0.99 or --size 150MB")
-    formula = f"{Path(lora).name}, {_told(policy)}"
-    job = _Job("resize", formula, out, dtype, seed, dry_run, force, threads, progress)
-    return _of_loras(job, [lora], _plain, policy, base, to, False, strict, {})
+    return _made(record, _Job(out, strict, dry_run, force, threads, progress))
 
 
 def convert(
@@ -174,11 +191,11 @@ def convert(
     Tensors are copied under other names where that is all; fused q, k and v are split, or joined,
     exactly. What the dialect cannot say is refused by name. Other options as for `merge`.
     """
-    from plymix.loras.work import Policy
+    from plymix.loras.record import Input, Record
 
-    formula = f"{Path(lora).name} as {to}"
-    job = _Job("convert", formula, out, dtype, 0, dry_run, force, threads, progress)
-    return _of_loras(job, [lora], _plain, Policy(), base, to, True, strict, {})
+    files = (Input(os.fspath(lora)),)
+    record = Record("convert", files, base=_base(base), dialect=to, dtype=dtype)
+    return _made(record, _Job(out, strict, dry_run, force, threads, progress))
 
 
 def extract(
@@ -186,12 +203,12 @@ def extract(
     base: PathLike,
     out: PathLike | None = None,
     *,
-    rank: int = 0,
-    conv_rank: int = 0,
-    energy: float = 0.0,
-    size: int | str = 0,
+    rank: int | None = None,
+    conv_rank: int | None = None,
+    energy: float | None = None,
+    size: int | str | None = None,
     family: str = "lora",
-    factor: int = -1,
+    factor: int | None = None,
     text_encoders: bool = True,
     conv: bool = True,
     diffs: bool = False,
@@ -207,37 +224,43 @@ def extract(
 
     At a `rank` (`conv_rank` for convolution kernels), with a share of `energy` in every module, or
     in a file of some `size`. `family="lokr"` makes Kronecker products, whose smaller factor has
-    sides of `factor` at most (-1: about the root), and whose larger one has `rank` (0: is whole).
-    `text_encoders` and `conv` say whether theirs are in it, `diffs` whether norms and biases are,
-    as whole differences. The same bytes for the same `seed`, whatever `threads`. Raises Refusal.
+    sides of `factor` at most (-1, or none given: about the root), and whose larger one has `rank`
+    (none given: is whole). `text_encoders` and `conv` say whether theirs are in it, `diffs` whether
+    norms and biases are, as whole differences. The same bytes for the same `seed`, whatever
+    `threads`. Raises Refusal.
     """
     from plymix.adapters.spelling import dialect_called
-    from plymix.loras import tuned as tuning
+    from plymix.loras.record import Input, Record
 
     how = dialect_called(to)
-    policy = _policy(rank=rank, conv_rank=conv_rank, energy=energy, size=size)
+    limits = _limits(rank=rank, conv_rank=conv_rank, energy=energy, size=size)
     if family == "lokr":
-        if policy.energy or policy.size:
+        if limits["energy"] or limits["size"]:
             raise Refusal("LoKr takes --rank, or none for whole factors; not --energy or --size")
-        if factor == 0 or factor < -1:
+        if factor is not None and (factor == 0 or factor < -1):
             raise Refusal(f"factor = {factor}: give the largest side of the smaller factor, or -1")
-        policy = replace(policy, factor=factor)
+        limits["factor"] = -1 if factor is None else factor
     elif family != "lora":
         raise Refusal(f"family = {family!r}: lora and lokr can be extracted")
-    elif policy.exact:
+    elif factor is not None:
+        raise Refusal(f"factor = {factor} is for LoKr: say --family lokr with it, or leave it out")
+    elif not any(limits.values()):
         raise Refusal("a LoRA of what size? give --rank N, --energy 0.99 or --size 150MB")
     if how.only_lora and (diffs or family == "lokr"):
         raise Refusal(f"{how.title} knows LoRA only; write kohya, lycoris or comfyui")
-    formula = f"{Path(tuned).name} - {Path(base).name}, {_told(policy)}"
-    job = _Job("extract", formula, out, dtype, seed, dry_run, force, threads, progress)
-    job.check()
-    with open_model(tuned) as one, open_model(base) as other:
-        found = tuning.parts_of(
-            one, other, how, text_encoders=text_encoders, conv=conv, diffs=diffs
-        )
-        return _finished(
-            job, found.parts, policy, how, found.arch, [one, other], {}, found.notes, {}
-        )
+    record = Record(
+        "extract",
+        (Input(os.fspath(tuned)),),
+        base=Model(os.fspath(base)),
+        dialect=to,
+        dtype=dtype,
+        text_encoders=text_encoders,
+        conv=conv,
+        diffs=diffs,
+        seed=seed,
+        **limits,
+    )
+    return _made(record, _Job(out, False, dry_run, force, threads, progress))
 
 
 # --- what they share -----------------------------------------------------------------------------
@@ -245,11 +268,8 @@ def extract(
 
 @dataclass
 class _Job:
-    made: str
-    formula: str
     out: PathLike | None
-    dtype: str
-    seed: int
+    strict: bool
     dry_run: bool
     force: bool
     threads: int
@@ -271,21 +291,34 @@ class _Job:
             api.ready(self.path, self.force)
 
 
-def _policy(
-    *, rank: int = 0, conv_rank: int = 0, energy: float = 0.0, size: int | str = 0
-) -> Policy:
-    from plymix.loras.work import Policy
+def _base(file: PathLike) -> Model | None:
+    return Model(os.fspath(file)) if file else None
 
-    said = [name for name, x in (("rank", rank), ("energy", energy), ("size", size)) if x]
-    if len(said) > 1:
-        raise Refusal(f"{listed(said)}: one of them settles the ranks; give one")
-    if rank < 0 or conv_rank < 0:
-        raise Refusal(f"a rank of {min(rank, conv_rank)}: give 1 or more")
-    if not 0 <= energy <= 1:
+
+def _limits(
+    *,
+    rank: int | None = None,
+    conv_rank: int | None = None,
+    energy: float | None = None,
+    size: int | str | None = None,
+) -> dict[str, Any]:
+    """What limits the result, as fields of a Record; 0 for what is not said. Raises Refusal."""
+    said = {"rank": rank, "energy": energy, "size": size}
+    if len(several := [name for name, x in said.items() if x is not None]) > 1:
+        raise Refusal(f"{listed(several)}: one of them settles the ranks; give one")
+    for name, n in (("rank", rank), ("conv-rank", conv_rank)):
+        if n is not None and n < 1:
+            raise Refusal(f"{name} = {n}: give 1 or more, or leave it out")
+    if energy is not None and not 0 < energy <= 1:
         raise Refusal(f"energy = {energy:g} is no share: give 0.99 to keep 99 %")
     if conv_rank and not rank:
         raise Refusal("conv-rank goes with rank")
-    return Policy(rank, conv_rank, energy, bytes_of(size))
+    return {
+        "rank": rank or 0,
+        "conv_rank": conv_rank or 0,
+        "energy": energy or 0.0,
+        "size": 0 if size is None else bytes_of(size),
+    }
 
 
 def bytes_of(size: int | str) -> int:
@@ -295,83 +328,90 @@ def bytes_of(size: int | str) -> int:
     else:
         match = re.fullmatch(r"\s*([0-9.]+)\s*([KMG]?I?)B?\s*", size.upper())
         try:
-            found = float(match[1]) * UNITS[match[2]] if match else -1
+            found = float(match[1]) * UNITS[match[2]] if match else 0
         except (ValueError, KeyError):
-            found = -1
-    if found < 0:
+            found = 0
+    if found < 1:
         raise Refusal(f"size = {size!r} is no size: write 150MB or 144MiB")
     return int(found)
 
 
-def _told(policy: Policy) -> str:
-    if policy.energy:
-        return f"{100 * policy.energy:g} % of the energy"
-    if policy.size:
-        return f"in {api.size(policy.size)}"
-    conv = f", {policy.conv_rank} of convolutions" if policy.conv_rank else ""
-    kind = "LoKr" if policy.factor else ""
-    return " of ".join(filter(None, (kind, f"rank {policy.rank}{conv}" if policy.rank else "")))
-
-
-def _formula(terms: Sequence[tuple[float, str]]) -> str:
-    from plymix.metadata import signed_sum
-
-    return signed_sum((c, name if abs(c) == 1 else f"{abs(c):.4g} × {name}") for c, name in terms)
-
-
-def _plain(adapters: Sequence[Adapter], arch: Architecture | None) -> list[Any]:
-    return [_strength(1.0, None, None, arch) for _ in adapters]
-
-
-def _strength(strength: float, te: float | None, blocks: Any, arch: Architecture | None) -> Any:
-    from plymix.adapters.strengths import Strength, factors
-
-    if blocks is not None and arch is None:
-        raise Refusal("block weights need an architecture that plymix knows: name a --base")
-    each = factors(blocks, arch, "lbw") if blocks is not None and arch else {}
-    return Strength(strength, strength if te is None else te, each)
-
-
-def _of_loras(
-    job: _Job,
-    files: Sequence[PathLike],
-    strengths: Callable[[Sequence[Adapter], Architecture | None], list[Any]],
-    policy: Policy,
-    base: PathLike,
-    to: str,
-    copy: bool,
-    strict: bool,
-    said: dict[str, Any],
+def remade(
+    record: Record,
+    files: Mapping[str, PathLike],
+    out: PathLike,
+    *,
+    force: bool = False,
+    threads: int = 0,
+    progress: ProgressCallback | None = None,
 ) -> Made:
-    from plymix.adapters import read
+    """Write once more what `record` says, into `out`. `files` are where its `models` are."""
+    return _made(record, _Job(out, False, False, force, threads, progress), files)
+
+
+def _made(record: Record, job: _Job, files: Mapping[str, PathLike] | None = None) -> Made:
     from plymix.adapters.spelling import dialect_called
-    from plymix.loras import tuned, words
-    from plymix.loras.parts import gather
+    from plymix.loras import tuned
 
     job.check()
-    how = dialect_called(to) if to else None
+    how = dialect_called(record.dialect) if record.dialect else None
+    if files is None:
+        files = {name: model.file for name, model in record.models.items()}
     with ExitStack() as stack:
-        adapters = [read(stack.enter_context(open_model(file))) for file in files]
-        arch = _architecture(adapters)
-        model = None
-        if base:
-            tensors, own = tuned.tensors_of(stack.enter_context(open_model(base)))
-            if arch not in (None, own):
-                raise Refusal(
-                    f"{Path(base).name} is {own.title} and {adapters[0].source.path.name} is"
-                    f" {adapters[0].detection.named}: they do not fit"
-                )
-            arch, model = own, {key: info.shape for key, info in tensors.items()}
-        found = gather(
-            adapters, strengths(adapters, arch), arch=arch, model=model, to=how, copy=copy
-        )
-        if strict and any(adapter.others for adapter in adapters):
-            raise Refusal(f"{found.notes[0]}; leave out --strict to go on without them")
-        carried = words.carried([adapter.source.metadata for adapter in adapters])
-        sources = [adapter.source for adapter in adapters]
-        return _finished(
-            job, found.parts, policy, found.how, arch, sources, carried, found.notes, said
-        )
+        opened = {n: stack.enter_context(open_model(file)) for n, file in files.items()}
+        base = opened.pop("base", None)
+        sources = list(opened.values())
+        if record.made == "extract":
+            assert base is not None
+            assert how is not None
+            gathered = tuned.gather(
+                sources[0],
+                base,
+                how,
+                text_encoders=record.text_encoders,
+                conv=record.conv,
+                diffs=record.diffs,
+            )
+        else:
+            gathered = _gathered(record, sources, base, how, job.strict)
+        return _finished(record, job, gathered, sources, base)
+
+
+def _gathered(
+    record: Record,
+    sources: Sequence[Source],
+    base: Source | None,
+    how: Dialect | None,
+    strict: bool,
+) -> Gathered:
+    from plymix.adapters import read
+    from plymix.loras import tuned
+    from plymix.loras.parts import gather
+
+    adapters = [read(source) for source in sources]
+    arch = _architecture(adapters)
+    model = None
+    if base is not None:
+        tensors, own = tuned.tensors_of(base)
+        if arch not in (None, own):
+            raise Refusal(
+                f"{base.path.name} is {own.title} and {adapters[0].source.path.name} is"
+                f" {adapters[0].detection.named}: they do not fit"
+            )
+        arch, model = own, {key: info.shape for key, info in tensors.items()}
+    strengths = [_strength(one, arch) for one in record.inputs]
+    copy = record.made == "convert"
+    return gather(adapters, strengths, arch=arch, model=model, to=how, copy=copy, strict=strict)
+
+
+def _strength(one: Input, arch: Architecture | None) -> Strength:
+    from plymix.adapters.strengths import Strength, factors
+
+    if one.blocks is not None and arch is None:
+        raise Refusal("block weights need an architecture that plymix knows: name a --base")
+    each = factors(one.blocks, arch, "lbw") if one.blocks is not None and arch else {}
+    text = one.strength if one.te_strength is None else one.te_strength
+    return Strength(one.strength, text, each)
 
 
 def _architecture(adapters: Sequence[Adapter]) -> Architecture | None:
@@ -394,53 +434,41 @@ def _architecture(adapters: Sequence[Adapter]) -> Architecture | None:
 
 
 def _finished(
+    record: Record,
     job: _Job,
-    parts: Sequence[Part],
-    policy: Policy,
-    how: Dialect,
-    arch: Architecture | None,
+    gathered: Gathered,
     sources: Sequence[Source],
-    carried: dict[str, str],
-    notes: Sequence[str],
-    said: dict[str, Any],
+    base: Source | None,
 ) -> Made:
+    from plymix.loras import record as records
     from plymix.loras import words, work
 
     began = time.monotonic()
+    policy, formula, how = record.policy, records.formula(record), gathered.how
     folder = job.path.parent if job.path and not job.dry_run else Path(tempfile.gettempdir())
     spool: Spool = work.Spool(folder)
     try:
-        what = {"merge": "merging", "extract": "extracting", "resize": "resizing"}.get(job.made, "")
         found = work.computed(
-            parts,
+            gathered.parts,
             policy,
             spool,
-            seed=job.seed,
+            seed=record.seed,
             threads=job.threads,
-            what=what or "converting",
+            what=WORKING[record.made],
             progress=job.progress,
         )
-        inputs = [s.path.name for s in sources]
-        about = words.about(arch, inputs, job.formula, job.path.stem if job.path else "result")
-        recipe = {
-            "made": job.made,
-            "inputs": [
-                {"file": s.path.name, "size": s.nbytes, "sha256": hashes.model_sha256(s.files)}
-                for s in sources
-            ],
-            **{k: v for k, v in asdict(policy).items() if v},
-            **{k: v for k, v in said.items() if v is not None},
-            "dialect": how.name,
-            "dtype": job.dtype,
-            "seed": job.seed,
+        if all(f.kind == "nothing" for f in found):
+            raise Refusal(f"{formula}: nothing is changed by it, so there is no LoRA to write")
+        title = record.title or (job.path.stem if job.path else "result")
+        record = records.settled(record, sources, base, dialect=how.name, title=title)
+        said = {
+            **words.about(gathered.arch, record, [source.metadata for source in sources]),
+            LORA_KEY: records.to_json(record),
         }
-        title = {k: v for k, v in carried.items() if k == "modelspec.title" and job.made != "merge"}
-        own = {LORA_KEY: json.dumps(recipe, sort_keys=True)}
-        said_of_all = {**carried, **about, **title, **own}
 
         def described(found: Sequence[Found]) -> tuple[list[Piece], dict[str, str]]:
-            network = {} if job.made == "convert" else words.network(found)
-            return work.pieces(found, spool, how, job.dtype), {**said_of_all, **network}
+            network = {} if record.made == "convert" else words.network(found)
+            return work.pieces(found, spool, how, record.dtype), {**said, **network}
 
         settled = work.ranked(found, policy, work.size_of(*described(found)))
         if policy.size:  # once more, with the room of the modules that got no rank
@@ -449,9 +477,7 @@ def _finished(
             settled = work.ranked(found, policy, work.size_of(*described(found)))
         found = settled
         nothing = [f.part.name for f in found if f.kind == "nothing"]
-        if len(nothing) == len(found):
-            raise Refusal(f"{job.formula}: nothing is changed by it, so there is no LoRA to write")
-        notes = [*notes]
+        notes = [*gathered.notes]
         if nothing:
             notes.append(f"{len(nothing)} modules change nothing: {listed(nothing, 3)}")
         pieces, metadata = described(found)
@@ -464,11 +490,11 @@ def _finished(
     reduced = not policy.exact
     return Made(
         path=job.path if not job.dry_run else None,
-        formula=job.formula,
+        formula=formula,
         dialect=how.name,
         nbytes=nbytes,
         modules=len(found) - len(nothing),
-        blocks=tuple(_blocks(found, arch, reduced)),
+        blocks=tuple(_blocks(found, gathered.arch, reduced)),
         error=_error(found) if reduced else None,
         notes=tuple(notes),
         seconds=time.monotonic() - began,

@@ -102,12 +102,14 @@ def gather(
     model: Shapes | None = None,
     to: Dialect | None = None,
     copy: bool = False,
+    strict: bool = False,
 ) -> Gathered:
     """The parts of what `adapters` make together.
 
     `arch` is what they are for, `model` a model's tensors by canonical key where one is named. `to`
     is the dialect to write; None for the first one's. With `copy` modules are only renamed where
-    that can be. Raises Refusal.
+    that can be. `strict` refuses tensors and modules of which plymix does not know what they are.
+    Raises Refusal.
     """
     modules = [module for adapter in adapters for module in adapter.modules]
     shapes, targets = located(arch, modules, model)
@@ -137,13 +139,19 @@ def gather(
     if others and (how is not same or (len(adapters) > 1 and _respelt(adapters))):
         raise _unknown(others, arch, how)
     _check(parts, how)
-    notes = []
-    for adapter in adapters:
-        for why, keys in adapter.others.items():
-            notes.append(
-                f"{adapter.source.path.name}: {len(keys)} tensors left out: {why}:"
-                f" {listed(keys, 3)}"
-            )
+    notes = [
+        f"{adapter.source.path.name}: {len(keys)} tensors left out: {why}: {listed(keys, 3)}"
+        for adapter in adapters
+        for why, keys in adapter.others.items()
+    ]
+    if others and (arch or strict):
+        kind = f"{arch.short} model" if arch else "model"
+        notes.append(
+            f"{len(others)} modules are in no {kind} that plymix knows, and are taken by their"
+            f" names: {listed((term.title for term in others), 3)}"
+        )
+    if strict and notes:
+        raise Refusal(f"{notes[0]}; leave out --strict to go on")
     return Gathered(arch, how, tuple(parts), tuple(notes))
 
 

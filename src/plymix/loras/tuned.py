@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from plymix import pairing
@@ -13,7 +13,7 @@ from plymix.archs import Architecture
 from plymix.errors import Refusal, listed
 from plymix.expr import Leaf
 from plymix.formats.base import Source, TensorInfo
-from plymix.loras.parts import Change, Part, widest
+from plymix.loras.parts import Change, Gathered, Part, widest
 
 EMBEDDINGS = (
     "embedding.weight",
@@ -26,22 +26,13 @@ EMBEDDINGS = (
 """Ends of tables that are looked up, not multiplied with: nothing loads a LoRA of one."""
 
 
-@dataclass(frozen=True)
-class Tuned:
-    """What there is to extract. `notes` tell what differs and cannot be in a LoRA."""
-
-    arch: Architecture
-    parts: tuple[Part, ...]
-    notes: tuple[str, ...]
-
-
-def parts_of(
+def gather(
     tuned: Source, base: Source, how: Dialect, *, text_encoders: bool, conv: bool, diffs: bool
-) -> Tuned:
+) -> Gathered:
     """A part for each weight that `tuned` and `base` have in common.
 
-    Those of linear layers, with `conv` of convolutions, with `diffs` norms and biases. Raises
-    Refusal where the models do not fit.
+    Those of linear layers, with `conv` of convolutions, with `diffs` norms and biases. The notes
+    tell what differs and cannot be in a LoRA. Raises Refusal where the models do not fit.
     """
     after, arch = tensors_of(tuned)
     before, other = tensors_of(base)
@@ -80,7 +71,7 @@ def parts_of(
     ):
         if keys:
             notes.append(f"{len(keys)} tensors {what} and are left out: {listed(keys, 3)}")
-    return Tuned(arch, tuple(found), tuple(notes))
+    return Gathered(arch, how, tuple(found), tuple(notes))
 
 
 def tensors_of(source: Source) -> tuple[dict[str, TensorInfo], Architecture]:

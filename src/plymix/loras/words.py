@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from plymix import metadata as models
+from plymix import urls
 from plymix.archs import Architecture
+from plymix.loras.record import Record, formula
 from plymix.loras.work import Found
 
 BASES = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0", "sd3": "sd3", "flux1": "flux1"}
@@ -82,17 +83,24 @@ def _common(found: Sequence[Found]) -> tuple[str, str]:
 
 
 def about(
-    arch: Architecture | None, inputs: Sequence[str], formula: str, title: str
+    arch: Architecture | None, record: Record, inputs: Sequence[Mapping[str, str]]
 ) -> dict[str, str]:
-    """SAI ModelSpec of a LoRA, and kohya's name of its base model."""
-    names = [PurePath(name).stem for name in inputs]
+    """What a result says of itself but for its network and its record: what its inputs say of
+    themselves where they are LoRAs, SAI ModelSpec, and kohya's name of the base model."""
+    files = [one.file for one in record.inputs]
+    if record.made == "extract" and record.base:
+        files.append(record.base.file)
+    names = dict.fromkeys(PurePath(urls.name(file)).stem for file in files)
+    own = {} if record.made == "extract" else carried(inputs)
+    title = record.title if record.made in ("merge", "extract") else own.get("modelspec.title")
     found = {
+        **own,
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
-        "modelspec.title": title,
-        "modelspec.date": models.today(),
-        "modelspec.merged_from": ", ".join(dict.fromkeys(names)),
-        "modelspec.description": f"Made with plymix: {formula}",
+        "modelspec.title": title or record.title,
+        "modelspec.date": record.date,
+        "modelspec.merged_from": ", ".join(names),
+        "modelspec.description": f"Made with plymix: {formula(record)}",
         "format": "pt",
     }
     if arch is not None:

@@ -205,6 +205,8 @@ def _factored(
             part, "diff", {"diff": spool.put(d.reshape(part.shape))}, energy=_energy(d, part)
         )
     if policy.exact:
+        if lowrank.vanishes(*lowrank.beside(change.products)):
+            return Found(part, "nothing")
         up, down = change.products[0] if change.alpha else lowrank.joined(change.products)
         alpha = change.alpha or float(up.shape[1])
         slots = {"up": spool.put(up.T), "down": spool.put(down)}
@@ -216,11 +218,9 @@ def _factored(
     rank = min(cap or policy.rank_of(part) or most, most)
     floor = 0.0
     if whole is None:
-        products = [(up, down) for up, down in change.products]
-        scale = (change.alpha or 1.0) / products[0][0].shape[1] if change.alpha else 1.0
-        up = np.concatenate([u for u, _ in products], axis=1).astype(np.float64) * scale
-        down = np.concatenate([d for _, d in products])
-        floor = 1e-7 * math.sqrt(lowrank.energy(up) * lowrank.energy(down))
+        up, down = lowrank.beside(change.products)
+        up = up.astype(np.float64) * (change.alpha / up.shape[1] if change.alpha else 1.0)
+        floor = lowrank.CANCELLED * math.sqrt(lowrank.energy(up) * lowrank.energy(down))
         f = lowrank.of_product(up, down)
     elif policy.energy:
         f = lowrank.with_energy(_sum(change), policy.energy, most, rng)
