@@ -13,11 +13,13 @@ Importing it does nothing; each name is loaded when it is first used.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+TYPE_CHECKING = False  # typing's own costs more than all the rest of this file
 if TYPE_CHECKING:
+    from typing import Any
+
     from plymix.api import Explanation, Result, convert, explain, merge, open, two_models
     from plymix.difference import diff
     from plymix.errors import Cancelled, Failure, FormatError, PlymixError, Refusal

@@ -17,7 +17,7 @@ import tiny
 from plymix.cli import screen
 from plymix.engine import Progress
 
-MAIN = "import sys; from plymix.cli import {main}; sys.exit({main}())"
+MAIN = "import sys; from plymix.__main__ import {main}; sys.exit({main}())"
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +167,26 @@ def test_a_stopped_merge_leaves_nothing(models: Path, tmp_path: Path, number: in
     assert (process.returncode, out) == (130, b"")
     assert err.splitlines()[-1] == b"plymix: stopped; nothing was written"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+@pytest.mark.parametrize("main", ["main", "main_mbw"])
+@pytest.mark.parametrize("module", ["plymix.cli", "plymix.errors", "plymix.cli.screen"])
+def test_ctrl_c_is_quiet_while_the_command_line_is_imported(
+    tmp_path: Path, module: str, main: str
+) -> None:
+    code = f"""
+import os, signal, sys, time
+class Stops:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+sys.meta_path.insert(0, Stops())
+{MAIN.format(main=main)}
+"""
+    ran = plymix(tmp_path, "--help", code=code)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (130, b"", b"plymix: stopped\n")
 
 
 # --- the progress line --------------------------------------------------------------------------
