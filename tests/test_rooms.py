@@ -120,6 +120,17 @@ def test_heavy_libraries_wait_until_they_are_used(path):
     assert not heavy & set(top_level(path))
 
 
+def test_methods_load_no_more_of_numpy_than_they_use():
+    """The compatibility layer loads all of it, which costs a merge 12 MiB."""
+    code = """
+import sys, numpy as np
+from plymix.methods.arrays import namespace
+namespace(np.zeros(3), None, np.float32(1))
+assert not hasattr(np, "unstack") or not {"numpy.f2py", "numpy.testing"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
 def test_formats_and_methods_share_nothing():
     for path in (SOURCE / "methods").rglob("*.py"):
         assert not {r for r, _ in imports(path)} & {"formats", "archs", "plan", "engine", "recipe"}

@@ -285,8 +285,10 @@ def _load() -> None:
 
 def get_method(name: str) -> Method:
     """The method called `name`. Raises Refusal with the nearest names."""
-    if name not in _METHODS:
-        import_module("plymix.methods.linear")  # most merges need no other family, and no numpy
+    for family in _FAMILIES:  # the first need least: most merges no other, and no numpy
+        if name in _METHODS:
+            break
+        import_module(f"plymix.methods.{family}")
     if name not in _METHODS:
         _load()
     if name not in _METHODS:

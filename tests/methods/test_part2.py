@@ -10,6 +10,7 @@ import inspect
 import itertools
 import math
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -129,29 +130,40 @@ def test_row_ranks():
 @pytest.mark.parametrize("p", [0.0, 1e-5, 0.1, 0.3, 0.5, 0.9, 1.0])
 def test_bernoulli(p):
     x = np.empty(400_001, np.float32)
-    mask = bernoulli(rng_of()(1), x, p)
+    mask = bernoulli(lambda: rng_of()(1), x, p)
     spread = math.sqrt(p * (1 - p) / x.size)
     assert abs(mask.mean() - p) <= 5 * spread
-    assert np.array_equal(np.asarray(bernoulli(rng_of()(1), to_torch(x), p)), mask)
+    assert np.array_equal(np.asarray(bernoulli(lambda: rng_of()(1), to_torch(x), p)), mask)
 
 
 def test_bernoulli_of_less_than_an_8_bit_step():
     x = np.empty(8_000_000, np.uint8)
-    kept = bernoulli(rng_of()(1), x, 0.5 / 65536).sum()
+    kept = bernoulli(lambda: rng_of()(1), x, 0.5 / 65536).sum()
     assert abs(kept - 61) < 5 * math.sqrt(61)
 
 
 def test_bernoulli_draws_the_generators_own_words():
     raw = np.random.Philox([0, 1, *b"k"]).random_raw(2)
     expected = [(int(w) >> s) & 0xFF for w in raw for s in range(0, 64, 8)]
-    mask = bernoulli(rng_of()(1), np.empty((2, 5), np.float32), 0.25)
+    mask = bernoulli(lambda: rng_of()(1), np.empty((2, 5), np.float32), 0.25)
     assert mask.ravel().tolist() == [v < 0x40 for v in expected[:10]]
+
+
+def test_bernoulli_in_pieces_draws_the_words_at_the_cut_last():
+    n, p = 3 * arrays.BLOCK + 13, 0.3
+    words = np.random.Philox([0, 1, *b"k"]).random_raw
+    first = words(-(-n // 8)).astype("<u8").view(np.uint8)[:n]
+    expected = first < 76  # 0.3 * 256 = 76.8
+    at = np.flatnonzero(first == 76)
+    expected[at] = (words(at.size) >> 11) / 2**53 < 0.8
+    assert at.size > 100
+    assert np.array_equal(bernoulli(lambda: rng_of()(1), np.empty(n, np.float32), p), expected)
 
 
 def test_dare_in_pieces_keeps_what_its_masks_say():
     base, a, b = (normal(2 * arrays.BLOCK + 13).astype(np.float32) for _ in range(3))
     a, b = a + 1, b + 2
-    masks = [bernoulli(rng_of()(i), base, 0.3) for i in (1, 2)]
+    masks = [bernoulli(partial(rng_of(), i), base, 0.3) for i in (1, 2)]
     kept = dare.dare_linear(base, a, b, rng=rng_of(), density=0.3, rescale="none") - base
     expected = sum(np.where(m, x - base, 0) for m, x in zip(masks, (a, b), strict=True))
     np.testing.assert_allclose(kept, expected, atol=1e-5)

@@ -11,7 +11,7 @@ import numpy as np
 from array_api_compat import device, is_numpy_array
 
 from plymix.methods import Array
-from plymix.methods.arrays import BLOCK, blockwise, flatten, namespace, numel, to_numpy
+from plymix.methods.arrays import BLOCK, blockwise, flatten, namespace, numel
 
 SAMPLE = 1 << 13
 """Elements that tell about where a tensor's k-th largest lies."""
@@ -25,26 +25,12 @@ def mask_where(test: Callable[..., Array], *arrays: Array) -> Array:
     return blockwise(test, *arrays, dtype=np.bool_)
 
 
-def bernoulli(generator: np.random.Generator, x: Array, p: float) -> Array:
-    """True with probability `p` for each element of `x`: a mask of its shape, drawn on the CPU.
-
-    8 random bits decide an element, and 53 more where those equal the cut, so `p` is exact to 2^-61
-    at a quarter of the cost of a float. Only the generator's own 64-bit words are drawn: their
-    bytes, lowest first, are the elements' bits, and then each element at the cut takes a word.
-    """
-    words, n = generator.bit_generator.random_raw, numel(x)
-    cut, rest = divmod(min(max(p, 0.0), 1.0) * 256, 1)
-    mask = np.empty(n, np.bool_)
-    close = []
-    for i in range(0, n, BLOCK):
-        part = mask[i : i + BLOCK]
-        drawn = words(-(-part.shape[0] // 8)).astype("<u8", copy=False).view(np.uint8)
-        drawn = drawn[: part.shape[0]]
-        np.less(drawn, int(cut), out=part)
-        close.append(np.flatnonzero(drawn == int(cut)) + i)
-    for at in close:
-        mask[at] = (words(at.shape[0]) >> np.uint64(11)) < rest * 2.0**53
-    xp = namespace(x)
+def bernoulli(rng: Callable[[], np.random.Generator], x: Array, p: float) -> Array:
+    """True with probability `p` for each element of `x`: a mask of its shape (see `Drawn`)."""
+    xp, mask = namespace(x), np.empty(numel(x), np.bool_)
+    drawn = Drawn(rng, mask.shape[0], p).masks()
+    for i in range(0, mask.shape[0], BLOCK):
+        mask[i : i + BLOCK] = drawn(mask[i : i + BLOCK])
     return xp.reshape(xp.asarray(mask, device=device(x)), x.shape)
 
 
@@ -90,24 +76,42 @@ class Largest:
 
 
 @dataclass(frozen=True, eq=False)
-class Packed:
-    """A mask in one bit per element: masks of several models would outgrow the tensor."""
+class Drawn:
+    """A mask of `n` elements, each true with probability `p`: drawn when it is needed, as masks of
+    several models would outgrow the tensor.
 
-    bits: Any
+    8 random bits decide an element, and 53 more where those equal the cut, so `p` is exact to 2^-61
+    at a quarter of the cost of a float. Only the 64-bit words of the generator that `rng` gives are
+    drawn, on the CPU: their bytes, lowest first, are the elements' bits, and then each element at
+    the cut takes a word.
+    """
 
-    @staticmethod
-    def of(mask: Array) -> Packed:
-        return Packed(np.packbits(to_numpy(mask).reshape(-1)))
+    rng: Callable[[], np.random.Generator]
+    n: int
+    p: float
 
     def masks(self) -> Callable[[Array], Array]:
-        """As `Largest.masks`; the pieces but for the last have a multiple of 8 elements."""
-        at = 0
+        """As `Largest.masks`; the pieces but for the last have a multiple of 8 elements.
+
+        Where there are several, `rng` gives the same generator twice, anew: the second one is at
+        the words for elements at the cut.
+        """
+        cut, rest = divmod(min(max(self.p, 0.0), 1.0) * 256, 1)
+        words = self.rng().bit_generator.random_raw
+        more = None
 
         def mask(scores: Array) -> Array:
-            nonlocal at
-            n = scores.shape[0]
-            found = np.unpackbits(self.bits[at // 8 : -(-(at + n) // 8)], count=n).view(np.bool_)
-            at += n
+            nonlocal more
+            m = scores.shape[0]
+            drawn = words(-(-m // 8)).astype("<u8", copy=False).view(np.uint8)[:m]
+            if more is None:
+                more = words
+                if m < self.n:
+                    more = self.rng().bit_generator.random_raw
+                    more(-(-self.n // 8), output=False)
+            found = drawn < int(cut)
+            at = np.flatnonzero(drawn == int(cut))
+            found[at] = (more(at.shape[0]) >> np.uint64(11)) < rest * 2.0**53
             return namespace(scores).asarray(found, device=device(scores))
 
         return mask

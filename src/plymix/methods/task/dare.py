@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -12,7 +13,7 @@ from array_api_compat import device
 from plymix.errors import Refusal
 from plymix.methods import Array, model_weights
 from plymix.methods.arrays import Rng, add_up, blockwise, clip, copy_of, gram, namespace, numel
-from plymix.methods.selection import Packed, bernoulli
+from plymix.methods.selection import Drawn, bernoulli
 from plymix.methods.task.ties import merge_agreeing
 from plymix.methods.task.vectors import as_float, distance, merge
 from plymix.registry import Range, Share, method
@@ -23,10 +24,12 @@ def drop_masks(
 ) -> Iterator[Array | None]:
     """For each model a mask that keeps an element with probability `density`; None keeps all."""
     for i in range(1, len(models) + 1):
-        yield bernoulli(rng(i), base, density) if density < 1 else None
+        yield bernoulli(partial(rng, i), base, density) if density < 1 else None
 
 
-def make_up(base: Array, model: Array, gain: Array | None, rescale: str, density: float) -> float:
+def make_up(
+    base: Array, model: Array, gain: Array | Drawn | None, rescale: str, density: float
+) -> float:
     """What a masked task vector is multiplied with to make up for what the mask took."""
     if rescale == "density":
         return 1 / density if density > 0 else 0.0
@@ -39,25 +42,28 @@ def make_up(base: Array, model: Array, gain: Array | None, rescale: str, density
 
 def _dare(
     base: Array, models: Sequence[Array], density: float, rescale: str, rng: Rng
-) -> tuple[list[Packed | None], list[float]]:
-    """The masks of DARE, one model's made and packed after the other's, and the factors."""
-    gains: list[Packed | None] = []
-    factors = []
-    for x, mask in zip(models, drop_masks(base, models, density, rng), strict=True):
-        factors.append(make_up(base, x, mask, rescale, density))
-        gains.append(None if mask is None else Packed.of(mask))
-    return gains, factors
+) -> tuple[list[Drawn | None], list[float]]:
+    """The masks of DARE and the factors."""
+    n = numel(base)
+    gains = [
+        Drawn(partial(rng, i), n, density) if density < 1 else None
+        for i in range(1, len(models) + 1)
+    ]
+    return gains, [
+        make_up(base, x, g, rescale, density) for x, g in zip(models, gains, strict=True)
+    ]
 
 
-def _l1_ratio(base: Array, model: Array, gain: Array) -> float:
+def _l1_ratio(base: Array, model: Array, gain: Array | Drawn) -> float:
     """||d||_1 / ||gain d||_1, or 1 where either is below 1e-7."""
+    cut = gain.masks() if isinstance(gain, Drawn) else None
 
-    def parts(x0: Array, x: Array, g: Array) -> tuple[Array, Array]:
+    def parts(x0: Array, x: Array, *given: Array) -> tuple[Array, Array]:
         d = distance(x0, x)
         root = namespace(d).sqrt(d)
-        return root, root * namespace(d).sqrt(as_float(g, d))
+        return root, root * namespace(d).sqrt(as_float(cut(d) if cut else given[0], d))
 
-    sums = gram(base, model, gain, of=parts)
+    sums = gram(base, model, *(() if isinstance(gain, Drawn) else (gain,)), of=parts)
     whole, kept = float(sums[0, 0]), float(sums[1, 1])
     return whole / kept if whole >= 1e-7 and kept >= 1e-7 else 1.0
 

@@ -8,11 +8,11 @@ from typing import Any, Literal, Union
 
 from plymix.methods import Array
 from plymix.methods.arrays import add_up, blockwise, clip, gram, namespace
-from plymix.methods.selection import Largest, Packed
+from plymix.methods.selection import Drawn, Largest
 
 Vote = Literal["", "sum", "count", "soup"]
 Divide = Literal["", "weights", "count"]
-Gains = Sequence[Union[Array, Largest, Packed, None]]
+Gains = Sequence[Union[Array, Largest, Drawn, None]]
 
 
 def as_float(mask: Array, like: Array) -> Array:
@@ -22,14 +22,14 @@ def as_float(mask: Array, like: Array) -> Array:
 
 def _given(gains: Gains) -> list[Array]:
     """The gains that are one number or truth per element."""
-    return [g for g in gains if g is not None and not isinstance(g, (Largest, Packed))]
+    return [g for g in gains if g is not None and not isinstance(g, (Largest, Drawn))]
 
 
 def _reader(gains: Gains) -> Callable[..., list[Array]]:
     """A function from pieces of the base, the models and `_given(gains)`, called in their order,
     to the task vectors after their gains."""
     n = len(gains)
-    cuts = [g.masks() if isinstance(g, (Largest, Packed)) else None for g in gains]
+    cuts = [g.masks() if isinstance(g, (Largest, Drawn)) else None for g in gains]
 
     def read(x0: Array, *rest: Array) -> list[Array]:
         ds, given = [x - x0 for x in rest[:n]], iter(rest[n:])
