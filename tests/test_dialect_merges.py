@@ -352,7 +352,7 @@ def test_what_has_no_place_is_left_out_and_named(tmp_path):
             why = "safety_checker is no part of SD1 checkpoints"
             assert found.dropped[name][why] == ("safety_checker/concept_embeds",)
             assert "unet/time_embedding.cond_proj.weight" in found.unmatched[name]
-            assert f"b: 1 tensors left out: {why}" in found.notes
+            assert f"b: 1 tensor left out: {why}" in found.notes
             assert any("time_embedding.cond_proj" in note for note in found.notes)
             assert not any("concept" in t.name or "cond_proj" in t.name for t in found.tensors)
             used = {leaf.info.name for t in found.tensors for leaf in leaves(t.expr)}
@@ -370,7 +370,7 @@ def test_a_component_file_keeps_what_only_it_has(tmp_path, files):
     with planned(unet, b) as found:
         assert found.unmatched["a"] == tuple(extra)  # kept, and said to be unmatched
         assert (
-            "lcm.safetensors: 1 tensors unknown to SD1, copied: time_embedding.cond_proj.weight"
+            "lcm.safetensors: 1 tensor unknown to SD1, copied: time_embedding.cond_proj.weight"
             in found.notes
         )
     got = mix(unet, b)

@@ -697,7 +697,7 @@ def test_strict(tmp_path, capsys):
     assert "bundle_emb" in err
     code, _, err = run(capsys, "lora", "resize", file, "--rank", 2, "-o", out)
     assert code == 0
-    assert "note: l.safetensors: 1 tensors left out" in err
+    assert "note: l.safetensors: 1 tensor left out" in err
 
 
 @pytest.mark.parametrize("known", [True, False])

@@ -101,7 +101,7 @@ def test_each_component_has_its_own(tmp_path):
     with pytest.raises(Refusal, match=r"unknown component of SD1 in output\.dtype 'vea'.*vae\?"):
         plymix.convert(file, tmp_path / "x.safetensors", dtype={"vea": "fp32"})
     save(tmp_path / "any.safetensors", {"w": draw("F16", (4, 4))})
-    with pytest.raises(Refusal, match="unknown component"):
+    with pytest.raises(Refusal, match=r"not know the components of any\.safetensors"):
         plymix.convert(tmp_path / "any.safetensors", tmp_path / "x.safetensors", dtype="vae=fp32")
 
 
@@ -282,7 +282,13 @@ def test_q8_0(tmp_path):
     for key in ("odd", "bias"):
         got = np.asarray(found[key].data, np.float32).reshape(-1)
         assert (got == real(tensors[key]).astype(np.float32).reshape(-1)).all()
-    plymix.convert(tmp_path / "o.gguf", tmp_path / "again.gguf", dtype="q8_0")
+    assert not plymix.convert(tmp_path / "o.gguf", tmp_path / "again.gguf", dtype="q8_0").notes
+    for make in (plymix.convert, plymix.prune):
+        larger = make(tmp_path / "o.gguf", tmp_path / f"{make.__name__}.gguf")
+        assert [n for n in larger.notes if "takes more room" in n] == [
+            "2 tensors packed as Q8_0 will be fp16, which takes more room; --dtype q8_0, in a"
+            " .gguf, keeps their size"
+        ]
     again = {t.name: t for t in gguf.GGUFReader(tmp_path / "again.gguf").tensors}
     assert all(again[key].data.tobytes() == found[key].data.tobytes() for key in kinds)
 

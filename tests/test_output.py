@@ -450,8 +450,33 @@ def test_folders_that_are_replaced(tmp_path, files):
     )
     own = tmp_path / "photos"
     own.mkdir()
+    (own / "me.png").write_bytes(b"")
     with pytest.raises(Refusal, match="holds no model"):
         plymix.convert(files["sd1"], own, force=True)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_an_empty_folder_is_used(tmp_path, files, force):
+    out = tmp_path / "f"
+    out.mkdir()
+    plymix.convert(files["sd1"], out, force=force)
+    assert (out / "unet" / "config.json").is_file()
+    assert os.listdir(tmp_path) == ["f"]
+
+
+@pytest.mark.parametrize("name", [".", "..", "/"])
+def test_folders_without_a_name_of_their_own(tmp_path, files, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Refusal, match="has no name of its own"):
+        plymix.convert(files["sd1"], name, force=True)
+
+
+def test_a_folder_that_is_filled_meanwhile_stays(tmp_path, files):
+    out = tmp_path / "f"
+    out.mkdir()
+    with pytest.raises(Failure, match="appeared while"):
+        plymix.convert(files["sd1"], out, progress=lambda _: (out / "x").write_text("mine"))
+    assert tree(tmp_path) == {"f/x": b"mine"}
 
 
 def test_a_folder_that_appears_meanwhile_stays(tmp_path, files):
@@ -562,6 +587,35 @@ def test_a_layout_of_what_has_no_table(tmp_path):
     with pytest.raises(Refusal, match=r"not know|know the configuration|give a diffusers folder"):
         plymix.convert(file, tmp_path / "folder")
     assert [p.name for p in tmp_path.iterdir()] == ["r.safetensors"]
+
+
+@pytest.mark.parametrize("out", ["folder", "file.safetensors"])
+def test_an_architecture_without_names_in_diffusers(tmp_path, out):
+    file = tiny.write(tmp_path / "a.safetensors", "anima")
+    with pytest.raises(Refusal, match=r"no diffusers' names of Anima.*name such a file"):
+        plymix.convert(file, tmp_path / out, layout="diffusers")
+
+
+def test_a_dtype_of_components_that_nobody_knows(tmp_path):
+    file = save(tmp_path / "a.safetensors", {"w": ("F16", np.ones((2, 2), "f2"))})
+    with pytest.raises(
+        Refusal, match=r"'transformer'.*components of a\.safetensors.*one dtype for"
+    ):
+        plymix.convert(file, tmp_path / "b.safetensors", dtype="transformer=fp16")
+
+
+def test_a_shard_is_no_model(tmp_path, files):
+    plymix.convert(files["sdxl"], tmp_path / "x.safetensors", shard="4MB")
+    shards = sorted(tmp_path.glob("x-*.safetensors"))
+    assert len(shards) > 1
+    title = f"shard 1 of {len(shards)} of x.safetensors.index.json"
+    assert plymix.inspect(shards[0]).title == title
+    with pytest.raises(Refusal, match=f"is {title}; name that index, or the folder"):
+        plymix.merge(shards[0], shards[0], tmp_path / "o.safetensors")
+    plymix.convert(shards[0], tmp_path / "o.safetensors", dtype="fp16")  # by key
+    assert load(tmp_path / "o.safetensors")[0].keys() == load(shards[0])[0].keys()
+    one = shards[0].rename(tmp_path / "y-00001-of-00001.safetensors")
+    assert "shard" not in plymix.inspect(one).title
 
 
 def test_configs_are_for_folders(tmp_path):

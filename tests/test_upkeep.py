@@ -138,6 +138,15 @@ def test_from_a_diffusers_folder(home, tmp_path):
     }
 
 
+@pytest.mark.parametrize("component", ["vae", "unet", "text_encoder_2"])
+def test_only_what_is_taken_is_spoken_of(tmp_path, component):
+    path = folder(tmp_path / "xl", "sdxl", 5, safety_checker=weights("sd1", 1))
+    found = plymix.extract(path, component, tmp_path / "part.safetensors")
+    notes = [note for note in found.notes if note.startswith("xl ")]
+    assert len(notes) == len(found.notes) == (component == "text_encoder_2")
+    assert all("embedders.1.model.logit_scale" in note for note in notes)
+
+
 def test_what_is_not_there(model, tmp_path):
     with pytest.raises(Refusal, match="unknown component of SD1 'vea': did you mean vae"):
         plymix.extract(model("sd1"), "vea", tmp_path / "x.safetensors")

@@ -402,6 +402,8 @@ def output_path(a: PathLike | Recipe | Expression, out: PathLike | None) -> Path
 
 def ready(path: Path, force: bool) -> None:
     """Refuse an output that cannot or should not be written, before any work."""
+    if path.name in ("", ".."):
+        raise Refusal(f"{path} has no name of its own; say which folder or file it is to be")
     if not is_folder_name(path):
         writer_for(path)
         if path.is_dir():
@@ -410,7 +412,10 @@ def ready(path: Path, force: bool) -> None:
         raise Refusal(f"the folder {path.parent} does not exist; make it first")
     if not os.access(path.parent, os.W_OK):
         raise Refusal(f"the folder {path.parent} is read-only; choose another place")
-    if path.is_dir() and force:
+    if os.path.ismount(path):
+        raise Refusal(f"{path} is where a disk begins, and cannot be replaced; name a folder in it")
+    empty = path.is_dir() and not any(path.iterdir())
+    if path.is_dir() and force and not empty:
         from plymix.engine.sets import is_model
 
         if not is_model(path):
@@ -420,7 +425,8 @@ def ready(path: Path, force: bool) -> None:
             )
     shards = path.with_name(f"{path.stem}.safetensors.index.json")
     for there in (path, shards):
-        if os.path.exists(there) and not force:  # False for a name that is too long
+        free = force or (there is path and empty)
+        if not free and os.path.exists(there):  # False for a name that is too long
             raise Refusal(f"{there} exists; say --force to replace it, or choose another name")
 
 

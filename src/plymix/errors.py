@@ -76,6 +76,11 @@ def nearest(name: str, known: Iterable[str]) -> list[str]:
     return [folded[n] for n in found[:3]]
 
 
+def amount(n: int, what: str = "tensor") -> str:
+    """'1 tensor', '12 tensors'."""
+    return f"{n} {what}" + ("s" if n != 1 else "")
+
+
 def listed(names: Iterable[str], limit: int = 10) -> str:
     """The first `limit` names and how many more there are: 'a, b, ... and 3 more'."""
     all_names = list(names)

@@ -23,7 +23,7 @@ from plymix import archs, kernels, urls
 from plymix.archs import Architecture, Detection
 from plymix.archs.model import Names, shared_facts
 from plymix.engine import ProgressCallback
-from plymix.errors import FormatError, listed, unknown
+from plymix.errors import FormatError, amount, listed, unknown
 from plymix.formats import open_model
 from plymix.formats.base import BITS, Source, TensorInfo
 from plymix.inspection import has_places, paired_or_not, placed
@@ -292,9 +292,9 @@ def _finding(
 ) -> Iterator[Finding]:
     """One finding on all of `found` (key -> number of elements), if there are any."""
     if found:
-        n, elements = len(found), sum(found.values())
-        tensors = "1 tensor" if n == 1 else f"{n} tensors"
-        text = f"{tensors} {what.format(elements=f'{elements:,}')}: {listed(found)}; {todo}"
+        elements = sum(found.values())
+        said = what.format(elements=f"{elements:,}")
+        text = f"{amount(len(found))} {said}: {listed(found)}; {todo}"
         yield Finding(severity, kind, text, tuple(found), elements)
 
 

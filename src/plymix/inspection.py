@@ -287,6 +287,8 @@ def formulas(found: Recipe) -> tuple[str, ...]:
         lines.append(f"{name} = {step.method}({', '.join(given)})")
     final = files.get(found.final, found.final)
     settings = msgspec.to_builtins(found.output)
+    if isinstance(settings.get("arch"), dict):  # a description, which is long
+        settings["arch"] = settings["arch"].get("name", "")
     others = (f"{k}={v}" for k, v in settings.items() if k not in ("from_", "file", "title"))
     return (*lines, " ".join(["output", "=", final, *others]))
 

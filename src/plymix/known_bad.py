@@ -11,7 +11,7 @@ from typing import Any
 from plymix import archs, kernels
 from plymix.archs import Architecture
 from plymix.archs.expected import missing
-from plymix.errors import listed
+from plymix.errors import amount, listed
 from plymix.formats.base import Source
 from plymix.health import TAKE_A_VAE, Finding
 from plymix.inspection import has_places, json_object, placed
@@ -47,7 +47,7 @@ def _lacking(source: Source, paired: Paired, arch: Architecture) -> Iterator[Fin
             lost.append(key)
     if lost:
         text = (
-            f"{len(lost)} tensors that every {arch.short} model has are missing: {listed(lost)};"
+            f"{amount(len(lost))} that every {arch.short} model has, missing: {listed(lost)};"
             " the file is incomplete: fetch it again, or make it again from whole ones"
         )
         yield Finding("error", "incomplete", text, tuple(lost))
@@ -70,8 +70,8 @@ def _old_names(source: Source, arch: Architecture) -> Iterator[Finding]:
     old = [key for key in source.tensors if arch.old_name(key)]
     if old:
         text = (
-            f"{len(old)} text encoder tensors are named as in the NovelAI era: {listed(old, 3)};"
-            " some programs do not find them; plymix repair names them anew"
+            f"{amount(len(old), 'text encoder tensor')} named as in the NovelAI era:"
+            f" {listed(old, 3)}; some programs do not find them; plymix repair names them anew"
         )
         yield Finding("note", "names", text, tuple(old))
 

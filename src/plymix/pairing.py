@@ -17,6 +17,7 @@ from plymix.archs.dialect_tables import tables
 from plymix.archs.dialects import Part, View, Views, canonical, inverse, recognise
 from plymix.errors import Refusal, listed
 from plymix.expr import Expr, Spelt, elementwise, mapped
+from plymix.formats import sharded
 from plymix.formats.base import BITS, Source, TensorInfo
 from plymix.formats.diffusers import MODEL_INDEX
 
@@ -59,6 +60,8 @@ def pair(
     `own` is an architecture that a user describes, looked for first. What is neither keeps its
     names. Raises Refusal for shapes that cannot be what their names say.
     """
+    if text := sharded.shard_of(source.path.name):
+        return Paired(Detection(None, "base", "shard", text), source.tensors)
     groups = _components(source)
     if groups:
         shapes = {name: _shapes(group) for name, group in groups.items()}

@@ -16,7 +16,7 @@ from plymix import api, engine, metadata
 from plymix import plan as planning
 from plymix import recipe as recipes
 from plymix.engine import ProgressCallback
-from plymix.errors import listed
+from plymix.errors import amount, listed
 from plymix.finding import Folders, find, needed
 from plymix.folder import configs
 from plymix.formats import Handle, is_folder_name, open_model, sharded
@@ -152,7 +152,7 @@ def _compare(
         if wrong:
             return Verdict(
                 False,
-                f"{len(wrong)} of {len(tensors)} tensors of {path.name} differ from what its"
+                f"{len(wrong)} of {amount(len(tensors))} of {path.name} differ from what its"
                 f" recipe makes: {listed(wrong)}",
             )
         known = {metadata.pending(i): recipe.models[i.name].sha256 for i in plan.inputs}
@@ -165,7 +165,7 @@ def _compare(
             target.write_at(at, piece)
         if target.wrong:
             return Verdict(False, f"the tensors of {path.name} are right, its header differs")
-    return Verdict(True, f"{path.name} is exactly what its recipe makes ({len(tensors)} tensors)")
+    return Verdict(True, f"{path.name} is exactly what its recipe makes ({amount(len(tensors))})")
 
 
 class _Comparison:

@@ -42,7 +42,9 @@ def in_diffusers(arch: Architecture, shapes: Shapes, base: Paired) -> Respelling
     Raises Refusal for shapes that cannot be what their names say.
     """
     views: dict[str, dict[str, tuple[View, ...]]] = {}
-    home = {name: component for component in _known(arch) for name in _own(arch, component, shapes)}
+    home = {
+        name: component for component in components(arch) for name in _own(arch, component, shapes)
+    }
     covered: set[str] = set()
     if base.dialect == DIFFUSERS:
         for key, of in base.spelling.items():
@@ -127,7 +129,7 @@ def lone(shapes: Shapes, layout: str) -> tuple[Part, Mapping[str, tuple[View, ..
     if own:
         return next((each for each in own if each[1].keys() != same.keys()), own[0])
     for arch in map(load, names()):
-        for component in _known(arch):
+        for component in components(arch):
             if component != arch.denoiser.name and (
                 found_there := _own_file(arch, component, shapes)
             ):
@@ -151,7 +153,7 @@ def _own_file(arch: Architecture, component: str, shapes: Shapes) -> dict[str, t
     }
 
 
-def _known(arch: Architecture) -> list[str]:
+def components(arch: Architecture) -> list[str]:
     """The components of `arch` whose names in diffusers are known, in the order of its files."""
     return [component for owner, component in tables(DIFFUSERS) if owner == arch.name]
 

@@ -72,6 +72,8 @@ def test_its_components_are_converted_taken_out_and_dropped(lumen):
     assert load(lumen / "p.safetensors")[0].keys() == were.keys() - {"vae.x"}
     for name in "ctp":
         assert verify(lumen / f"{name}.safetensors").ok
+        (said,) = plymix.inspect(lumen / f"{name}.safetensors").recipe
+        assert "arch=lumen" in said.split()
 
 
 def test_the_recipe_carries_the_description(lumen):

@@ -13,7 +13,7 @@ from plymix.adapters.files import Adapter, Module, read
 from plymix.adapters.names import Names, Target, component
 from plymix.adapters.placing import placed
 from plymix.archs import Architecture
-from plymix.errors import Refusal, listed
+from plymix.errors import Refusal, amount, listed
 from plymix.expr import Delta, Expr
 from plymix.formats.base import Source
 
@@ -97,7 +97,7 @@ def apply_to(source: Source, index: int, model: Model) -> Applied:
             f" {model.label}: {listed(m.name for m in lost)}"
         )
     for why, keys in (*dropped.items(), *adapter.others.items()):
-        notes.append(f"{name}: {len(keys)} tensors left out: {why}: {listed(keys, 3)}")
+        notes.append(f"{name}: {amount(len(keys))} left out: {why}: {listed(keys, 3)}")
     embeddings = {why: keys for why, keys in adapter.others.items() if "embedding" in why}
     unknown = [key for why in adapter.others.keys() - embeddings for key in adapter.others[why]]
     return Applied(

@@ -30,7 +30,7 @@ from plymix.archs.model import (
     names,
     shared_facts,
 )
-from plymix.errors import Refusal, listed
+from plymix.errors import Refusal, amount, listed
 
 Shapes = Mapping[str, tuple[int, ...]]
 Conditions = Mapping[str, bool | list[int | str]]
@@ -78,7 +78,7 @@ class Detection:
 
 def _articled(title: str) -> str:
     """'an SD1 checkpoint', 'a VAE file': as it is said, with letters by their names."""
-    if title.startswith(("unknown", "a ")):
+    if title.startswith(("unknown", "a ", "shard ")):
         return title
     spelt = not title[1:2].islower()  # SDXL, U-Net, T5
     vowel = title[0] in "AEFHILMNORSX" if spelt else title[0].lower() in "aeiou"
@@ -223,7 +223,7 @@ def _other(keys: _Keys) -> Detection | None:
 def _unknown(keys: _Keys) -> Detection:
     if not keys.shapes:
         return Detection(None, "base", "unknown", "unknown (no tensors)")
-    some = f"{len(keys.shapes)} tensors; first keys: {listed(map(_shown, keys.shapes), 3)}"
+    some = f"{amount(len(keys.shapes))}; first keys: {listed(map(_shown, keys.shapes), 3)}"
     return Detection(None, "base", "unknown", f"unknown ({some}{_guess(keys)})")
 
 

@@ -57,16 +57,16 @@ def diff(
 
 
 def _told(found: Difference) -> Iterator[str]:
-    from plymix.errors import listed
+    from plymix.errors import amount, listed
 
     yield f"A = {found.a}: {found.title_a}"
     yield f"B = {found.b}: {found.title_b}"
     yield from found.verdicts
     for name, keys in (("A", found.only_a), ("B", found.only_b)):
         if keys:
-            yield f"{len(keys)} tensors only in {name}: {listed(keys, 3)}"
+            yield f"{amount(len(keys))} only in {name}: {listed(keys, 3)}"
     if found.reshaped:
-        yield f"{len(found.reshaped)} tensors of two shapes: {listed(found.reshaped, 3)}"
+        yield f"{amount(len(found.reshaped))} of two shapes: {listed(found.reshaped, 3)}"
 
 
 def _tables(found: Difference) -> None:

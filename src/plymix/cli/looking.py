@@ -83,7 +83,7 @@ def _show_report(found: Report) -> None:
 
 def _facts(found: Report) -> Iterator[tuple[str, str]]:
     from plymix.api import size
-    from plymix.errors import listed
+    from plymix.errors import amount, listed
 
     yield "size", size(found.size)
     yield "format", found.format + (f", under {found.root!r}" if found.root else "")
@@ -94,12 +94,12 @@ def _facts(found: Report) -> Iterator[tuple[str, str]]:
     for name, text in found.markers.items():
         yield "marker", f"{name}: {text}"
     if found.quantised:
-        yield "quantised", f"{found.quantised} tensors are scales and tables"
+        yield "quantised", f"{amount(found.quantised)} of scales and tables"
     if found.unknown.count:
         names = listed([*found.unknown.keys, *[""] * (found.unknown.count - 10)])
         yield "unknown keys", f"{found.unknown.count}: {names}"
     if found.strided:
-        yield "strided", f"{found.strided} tensors"
+        yield "strided", amount(found.strided)
     if found.tied:
         yield "tied", f"{found.tied} tensors share their bytes"
     for line in found.recipe:
@@ -140,6 +140,7 @@ def check(
 
     Reads the whole file. Exit code 1 if it is unhealthy, also when it is truncated or damaged.
     """
+    from plymix.errors import amount
     from plymix.health import check as examine
 
     with screen.ProgressLine() as progress:
@@ -153,7 +154,7 @@ def check(
     said = ", ".join(
         f"{n} {s}{'s' if n > 1 else ''}" for s in ("error", "warning") if (n := counts.count(s))
     )
-    what = f" ({health.title}, {health.tensors} tensors)" if health.title else ""
+    what = f" ({health.title}, {amount(health.tensors)})" if health.title else ""
     screen.put(
         f"{health.file}{what}: {'healthy' if health.ok else 'unhealthy'}"
         f"{', ' + said if said else ''}"

@@ -145,7 +145,7 @@ def inspect(
 
 def _show(found: Found) -> None:
     from plymix.api import size
-    from plymix.errors import listed
+    from plymix.errors import amount, listed
 
     def counted(values: object) -> str:
         items = dict(values).items()  # type: ignore[call-overload]
@@ -158,7 +158,7 @@ def _show(found: Found) -> None:
         ("rank", counted(found.ranks)),
         ("alpha", counted(found.alphas) or "none"),
         ("dtype", counted(found.dtypes)),
-        *((why, f"{n} tensors") for why, n in found.others.items()),
+        *((why, amount(n)) for why, n in found.others.items()),
         *found.metadata.items(),
     ]
     if found.base:

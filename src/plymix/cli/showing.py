@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from plymix.cli import screen
 from plymix.cli.options import Device, checked_threads
-from plymix.errors import listed
+from plymix.errors import amount, listed
 
 if TYPE_CHECKING:
     from plymix.api import Explanation, Result, Share
@@ -44,12 +44,12 @@ def remarks(plan: Plan) -> Iterator[str]:
         for rule, keys in plan.dropped.get(i.name, {}).items():
             if rule.startswith("ema") and i.name in plan.recipe.models:
                 done = "left out" if rule == "ema = drop" else "replaced by their EMA copies"
-                yield f"{i.label}: {len(keys)} tensors {done} ({rule})"
+                yield f"{i.label}: {amount(len(keys))} {done} ({rule})"
         unmatched = plan.unmatched.get(i.name, ())
         told = {*i.strangers, *i.paired.unpaired} | (plan.used(i) if unmatched else set())
         # a LoRA's, which is no model with tensors, are told by module among the plan's notes
         if i.tensors and (alone := [key for key in unmatched if key not in told]):
-            yield f"{i.label}: {len(alone)} tensors without a partner, left out: {listed(alone)}"
+            yield f"{i.label}: {amount(len(alone))} without a partner, left out: {listed(alone)}"
 
 
 def show_result(plan: Plan, result: Result, json: bool) -> None:
@@ -65,7 +65,7 @@ def made(result: Result, formula: str) -> str:
 
     return (
         f"{result.path.name} = {formula} [{size(result.nbytes)}, {result.seconds:.1f} s;"
-        f" {result.merged} tensors merged, {result.copied} copied; of the inputs"
+        f" {amount(result.merged)} merged, {result.copied} copied; of the inputs"
         f" {result.dropped} unused, {result.unmatched} unmatched]"
     )
 
@@ -91,7 +91,7 @@ def show_plan(plan: Plan, json: bool) -> None:
 def totals(explanation: Explanation, labels: Mapping[str, str]) -> Iterator[str]:
     from plymix.api import size
 
-    yield f"{explanation.merged} tensors merged, {explanation.copied} copied"
+    yield f"{amount(explanation.merged)} merged, {explanation.copied} copied"
     for name, rules in explanation.dropped.items():
         for rule, n in rules.items():
             yield f"{n} of {labels.get(name, name)} left out: {rule}"

@@ -149,13 +149,12 @@ def _show(found: Upkeep, json: bool) -> None:
 
 def _lines(found: Upkeep) -> Iterator[str]:
     from plymix.api import size
-    from plymix.errors import listed
+    from plymix.errors import amount, listed
 
     for one in found.repairs:
         yield f"{one.kind}: {one.key}: {one.text}"
     for rule in found.left_out:
-        n = len(rule.keys)
-        what = "1 tensor" if n == 1 else f"{n} tensors"
+        what = amount(len(rule.keys))
         yield f"{what}, {size(rule.nbytes)}, left out ({rule.rule}): {listed(rule.keys, 3)}"
     name = found.path.name if found.path else "the result"
     would = "" if found.path else " would be"
@@ -163,7 +162,7 @@ def _lines(found: Upkeep) -> Iterator[str]:
     saved = f"; {size(found.saved)} of {size(found.before)} saved" if less else ""
     took = f", {found.seconds:.1f} s" if found.path else ""
     yield (
-        f"{name}{would} = {found.formula} [{size(found.after)}, {found.tensors} tensors{took}]"
+        f"{name}{would} = {found.formula} [{size(found.after)}, {amount(found.tensors)}{took}]"
         + saved
         + ("" if found.path else "; nothing was written")
     )

@@ -65,14 +65,14 @@ class PartsTarget:
 class AtomicFolder:
     """A folder that gets its name when it is finished. Use it as `AtomicFile`.
 
-    An existing folder is replaced as a whole.
+    An existing folder is replaced as a whole; an empty one may be there.
     """
 
     def __init__(self, path: Path, layout: Layout) -> None:
         self.path = path
         self._layout = layout
         self._files: list[AtomicFile] = []
-        self._replaces = path.exists()
+        self._replaces = path.exists() and any(path.iterdir())
 
     def __enter__(self) -> PartsTarget:
         temporary.sweep(self.path.parent)
@@ -103,6 +103,9 @@ class AtomicFolder:
             file.commit()
         for folder, _, _ in os.walk(self.temporary):
             _sync(Path(folder))
+        if not self._replaces:
+            with contextlib.suppress(OSError):
+                self.path.rmdir()  # an empty folder; any other stays
         if self._replaces:
             _exchange(self.temporary, self.path)
         elif self.path.exists():

@@ -34,7 +34,6 @@ _FILE = re.compile(rf"({'|'.join(STEMS)})(\.(?P<variant>[^.]+))?\.(?P<kind>safet
 _INDEX = re.compile(
     rf"({'|'.join(STEMS)})\.(?P<kind>safetensors|bin)\.index(\.(?P<variant>[^.]+))?\.json"
 )
-_SHARD = re.compile(r".+-\d{5}-of-\d{5}\.(safetensors|bin)")
 
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
 """A scheduler's `prediction_type` -> ModelSpec's; others are passed on as they are."""
@@ -130,7 +129,7 @@ def _weights(folder: Path) -> list[_Weights]:
     found: list[_Weights] = []
     shards = False
     for file in sorted(folder.iterdir()):
-        if _SHARD.fullmatch(file.name):
+        if sharded.SHARD.fullmatch(file.name):
             shards = True
         elif match := _FILE.fullmatch(file.name) or _INDEX.fullmatch(file.name):
             index = file.suffix == ".json"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from plymix import urls
-from plymix.errors import FormatError, Refusal, listed
+from plymix.errors import FormatError, Refusal, amount, listed
 from plymix.formats import WEIGHTS, safetensors
 from plymix.formats import open_file as open_shard
 from plymix.formats.base import Entry, Layout, Source, joined, open_handle
@@ -47,7 +47,7 @@ def open_file(path: Path) -> Source:
     missing = [s for s in shards if not _may_be(path.parent / s)]
     if missing:
         raise FormatError(
-            f"{file} names {len(missing)} shards that are not beside it: {listed(missing, 3)};"
+            f"{file} names {amount(len(missing), 'shard')} not beside it: {listed(missing, 3)};"
             " fetch them"
         )
     with ExitStack() as opened:
@@ -72,13 +72,26 @@ def open_file(path: Path) -> Source:
         notes = [note for part in parts for note in part.notes]
         if extra := [key for key in found if key not in homes]:
             notes.append(
-                f"{file} does not name {len(extra)} tensors of its shards: {listed(extra)}"
+                f"{file} does not name {amount(len(extra))} of its shards: {listed(extra)}"
             )
         nbytes = sum(info.nbytes for info in tensors.values())
         if total is not None and total != nbytes:
             notes.append(f"{file} says {total:,} bytes of tensors; the shards hold {nbytes:,}")
         opened.pop_all()
     return Source(path, name, tensors, metadata, tuple(notes), handles=handles)
+
+
+SHARD = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.(?P<kind>safetensors|bin)")
+"""Names of shards."""
+
+
+def shard_of(file: str) -> str:
+    """What a file with a shard's name is: 'shard 1 of 3 of x.safetensors.index.json'; or ""."""
+    found = SHARD.fullmatch(file)
+    if found is None or int(found["parts"]) < 2:
+        return ""
+    index = f"{found['stem']}.{found['kind']}.index.json"
+    return f"shard {int(found['part'])} of {int(found['parts'])} of {index}"
 
 
 def _may_be(path: Path) -> bool:

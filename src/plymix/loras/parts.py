@@ -14,7 +14,7 @@ from plymix.adapters.spelling import DIALECTS, KOHYA, PEFT, Dialect, Spelt, loca
 from plymix.adapters.strengths import Strength
 from plymix.archs import Architecture, Place
 from plymix.archs.dialects import View
-from plymix.errors import Refusal, listed
+from plymix.errors import Refusal, amount, listed
 from plymix.formats.base import Source, TensorInfo
 
 Shape = tuple[int, ...]
@@ -140,7 +140,7 @@ def gather(
         raise _unknown(others, arch, how)
     _check(parts, how)
     notes = [
-        f"{adapter.source.path.name}: {len(keys)} tensors left out: {why}: {listed(keys, 3)}"
+        f"{adapter.source.path.name}: {amount(len(keys))} left out: {why}: {listed(keys, 3)}"
         for adapter in adapters
         for why, keys in adapter.others.items()
     ]

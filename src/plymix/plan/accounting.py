@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from plymix import archs, weights
-from plymix.errors import Refusal, listed
+from plymix.errors import Refusal, amount, listed
 from plymix.expr import (
     Tensor,
     leaves,
@@ -76,7 +76,7 @@ class Planner(Making):
         for tensor in tensors:
             used.update((leaf.source, leaf.info.name) for leaf in leaves(tensor.expr))
         for what, keys in self.lacking.items():
-            self.notes.append(f"{len(keys)} tensors {what}: {listed(keys)}")
+            self.notes.append(f"{amount(len(keys))} {what}: {listed(keys)}")
         dropped: dict[str, dict[str, tuple[str, ...]]] = {}
         unmatched: dict[str, tuple[str, ...]] = {}
         for i in self.inputs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -10,7 +11,7 @@ from functools import cached_property
 from plymix import archs, pairing, respelling
 from plymix.archs import Place
 from plymix.archs.dialects import shape_of
-from plymix.errors import Refusal, listed, unknown
+from plymix.errors import Refusal, amount, listed, unknown
 from plymix.expr import (
     Const,
     Delta,
@@ -22,15 +23,20 @@ from plymix.expr import (
     Tensor,
     calls,
     leaf_terms,
+    leaves,
     narrow,
 )
 from plymix.formats.base import TensorInfo
 from plymix.formats.diffusers import MODEL_INDEX
+from plymix.pairing import DIFFUSERS
 from plymix.plan.adjusting import Adjustment
 from plymix.plan.opening import Opening, fitted, trimmed
 from plymix.plan.settings import AdapterSettings, Settings
 from plymix.plan.values import MAX_IDS, Fate, Input
 from plymix.recipe import DROPS, DTYPES, REST
+
+PACKED = {"Q8_0": "q8_0, in a .gguf,", "F8_E4M3": "fp8_e4m3fn", "F8_E5M2": "fp8_e5m2"}
+"""Kinds of packed weights, and the dtype of a result that has them as small, or nearly."""
 
 
 class Making(Opening):
@@ -46,6 +52,7 @@ class Making(Opening):
         self.followed = {archs.ema_key(key): key for key in self.base.tensors}
         self.adjusted = Adjustment(self.recipe.output.adjust, self.arch)
         tensors, places, fates = self._tensors()
+        self._unpacked(tensors, places)
         self._strength(tensors, fates)
         tensors, places, fates = self._respelt(tensors, places, fates)
         tensors = tuple(self._coded(t, places[t.name]) for t in tensors)
@@ -127,6 +134,12 @@ class Making(Opening):
             raise unknown(f"layout of {self.short}", layout, ["diffusers", self.arch.layout])
         own = not layout and bool(paired.spelling) and not paired.folder
         own = own and homes.keys() <= set(paired.names.values())
+        if layout == "diffusers" and not respelling.components(self.arch):
+            raise Refusal(
+                f"plymix knows no {DIFFUSERS}' names of {self.short}: it writes such models as"
+                " .safetensors, .ckpt or .gguf with their own names; name such a file, without"
+                " --layout"
+            )
         if layout != "diffusers" and not own:
             if paired.unpaired:
                 self._strange(base, paired.unpaired, "left out")
@@ -504,6 +517,22 @@ class Making(Opening):
             return args[owner], shapes[owner]
         return Patch(args[owner], expr, widths[0]), shapes[owner]
 
+    def _unpacked(self, tensors: Sequence[Tensor], places: Mapping[str, Place]) -> None:
+        """Note what is kept as it is but for its packing, which makes the result larger."""
+        if not any(info.encoding for i in self.by_name.values() for info in i.tensors.values()):
+            return
+        kinds: Counter[str] = Counter()
+        for tensor in tensors:
+            packed = {leaf.info.encoding for leaf in leaves(tensor.expr)} - {""}
+            if packed and self._asked(places[tensor.name].component) == "keep":
+                kinds.update(packed)
+        for kind, n in kinds.items():
+            dtype = next((d for code, d in PACKED.items() if code in kind), "")
+            advice = f"--dtype {dtype} keeps their size" if dtype else "plymix does not write it"
+            self.notes.append(
+                f"{amount(n)} packed as {kind} will be fp16, which takes more room; {advice}"
+            )
+
     def _strength(self, tensors: Sequence[Tensor], fates: Mapping[str, Fate]) -> None:
         """Note sums whose coefficients do not add up to one model, but for `output.adjust`.
 
@@ -525,7 +554,7 @@ class Making(Opening):
             low, high = min(totals.values()), max(totals.values())
             found = f"{low:.4g}" if high - low < 1e-6 else f"{low:.4g} to {high:.4g}"
             self.notes.append(
-                f"the weights of the models sum to {found}, not to 1, in {len(totals)} tensors:"
+                f"the weights of the models sum to {found}, not to 1, in {amount(len(totals))}:"
                 f" {listed(totals, 3)}; is a division or a difference missing?"
             )
 

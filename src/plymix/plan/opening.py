@@ -11,7 +11,7 @@ from plymix.archs import Architecture, Place
 from plymix.archs.dialects import absent, checkpoint_name, meant
 from plymix.archs.model import ANY_ENCODER, shared_facts
 from plymix.archs.views import CLASSIC, View, view
-from plymix.errors import Refusal, listed, unknown
+from plymix.errors import Refusal, amount, listed, unknown
 from plymix.formats.base import WHOLE, Source, TensorInfo
 from plymix.pairing import DIFFUSERS, Paired
 from plymix.plan.settings import AdapterSettings, Settings
@@ -216,7 +216,7 @@ class Opening:
 
     def _strange(self, i: Input, keys: Sequence[str], fate: str) -> None:
         self.notes.append(
-            f"{i.label}: {len(keys)} tensors unknown to {self.short}, {fate}: {listed(keys)}"
+            f"{i.label}: {amount(len(keys))} unknown to {self.short}, {fate}: {listed(keys)}"
         )
 
     def _not_quantised(self) -> None:
@@ -259,6 +259,11 @@ class Opening:
         """Refuse dtypes for components that there are not."""
         known = [c.name for c in self.arch.components] if self.arch else []
         for component in self.dtypes:
+            if component not in (REST, *known) and self.arch is None:
+                raise Refusal(
+                    f"output.dtype names {component!r}, and plymix does not know the components of"
+                    f" {self.base.label} ({self.base.detection.title}); say one dtype for all"
+                )
             if component not in (REST, *known):
                 raise unknown(f"component of {self.short} in output.dtype", component, known)
         vae = self.dtypes.get("vae", self.dtypes[REST])
@@ -462,13 +467,15 @@ class Opening:
             if not paired.dialect:
                 continue
             keeps = i is self.base and self.recipe.output.layout == "diffusers"
-            for why, keys in paired.left_out.items():
+            for why, keys in () if self.alone else paired.left_out.items():
                 fate = "copied" if keeps else "left out"
-                self.notes.append(f"{i.label}: {len(keys)} tensors {fate}: {why}")
-            if paired.unpaired and i is not self.base:
+                self.notes.append(f"{i.label}: {amount(len(keys))} {fate}: {why}")
+            if paired.unpaired and i is not self.base and not self.alone:
                 self._strange(i, paired.unpaired, "left out")
             filled = i in self.swaps.values() and i is not self.base  # told already
             for name, why in () if keeps or filled else paired.absent.items():
+                if self.alone and self.arch and self.arch.owner(name) != self.alone:
+                    continue
                 if i is self.base or any(
                     meant(name, key) and not self.base.places[key].buffer
                     for key in self.base.tensors
@@ -532,6 +539,7 @@ def _require_model(i: Input, base: Input) -> None:
         return
     advice = {
         "vae": f"to put it into a model, say --vae {i.label}",
+        "shard": "name that index, or the folder it is in",
         "lora": "to add it to a model: plymix lora bake MODEL LORA -o OUT",
         "text_encoder": 'to put it into a model, use text_encoder = "..." in a recipe\'s [output]',
     }.get(detection.kind, "plymix archs lists what can be merged; --arch any merges key by key")
