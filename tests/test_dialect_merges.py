@@ -392,9 +392,9 @@ def test_what_a_plan_says(files):
     assert shares["BASE"].merged == 280
     assert explanation.merged == 686 + 280
     with planned(f["a"], f["db"]) as found:
-        lacking = [note for note in found.notes if "not in b" in note]
+        lacking = [note for note in found.notes if "not in sd2-b" in note]
     assert len(lacking) == 1
-    assert lacking[0].startswith("14 tensors taken from a")
+    assert lacking[0].startswith("14 tensors taken from sd2-a.safetensors: not in sd2-b")
 
 
 def test_the_scheduler_tells_the_prediction(tmp_path, files):

@@ -194,6 +194,15 @@ def test_a_nested_formula():
     assert text == "0.75 × (0.5 × a.ckpt + 0.5 × b.ckpt) + 0.25 × c.ckpt"
 
 
+def test_a_formula_tells_what_else_changes_the_weights():
+    models = {n: f"{n}.ckpt" for n in "ab"}
+    steps = {"x": {"method": "weighted_sum", "a": "a", "b": "b"}}
+    output = {"ema": "use", "adjust": {"detail": [0.5, 0, 0], "contrast": 1}}
+    text = metadata.formula(from_dict({"models": models, "steps": steps, "output": output}))
+    end = "; EMA weights used; adjusted contrast = 1, detail = [0.5, 0, 0]"
+    assert text == f"0.5 × a.ckpt + 0.5 × b.ckpt{end}"
+
+
 def test_place_holders_have_the_length_of_a_hash(pair):
     with planning.build(plymix.two_models(*pair)) as plan:
         tokens = {metadata.pending(i) for i in plan.inputs}

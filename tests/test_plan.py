@@ -251,7 +251,7 @@ def test_extra_input_channels(tmp_path, kind, order, alpha):
     files = (wide, plain) if order == "wide first" else (plain, wide)
     with planned(*files, alpha=alpha) as p:
         shape = next(t.shape for t in p.tensors if t.name == CONV)
-        assert any("kept from" in note for note in p.notes)
+        assert any("kept from wide.safetensors" in note for note in p.notes)
         got = np.frombuffer(contents(p)[CONV], "f2").reshape(shape)
     a, b = (load(f)[0][CONV][1] for f in files)
     w = load(wide)[0][CONV][1]

@@ -504,9 +504,9 @@ def test_parse(text, weight):
         ("0,1_0", "--weights: value 2 is '1_0', not a number"),
         ("0,true", "--weights: value 2 is 'true', not a number"),
         ("0,٣", "--weights: value 2 is '٣', not a number"),
-        ("0,R", "--weights: value 2 is 'R': random ratios are not supported yet"),
-        ("R", "--weights: 'R': random ratios are not supported yet"),
-        ("all_u", "--weights: 'all_u': random ratios are not supported yet"),
+        ("0,R", "--weights: value 2 is 'R', a random ratio, and recipes"),
+        ("R", "--weights: 'R' is a random ratio, and recipes"),
+        ("all_u", "--weights: 'all_u' is a random ratio, and recipes"),
         ("1e999", "--weights is inf, not a finite number"),
         ("  ", "--weights is empty"),
         ("GRAD_X", "unknown preset for --weights 'GRAD_X': did you mean GRAD_"),
@@ -660,7 +660,7 @@ def test_a_preset_file(tmp_path):
     assert own == {"mine": listed, "with base": (0.5, *listed), "ALL_R": (), "XL": (1.0,) * 20}
     assert parse("MINE", own=own) == listed
     assert from_toml({"base": 0.1, "blocks": "xl"}, own=own) == Blocks((1.0,) * 20, base=0.1)
-    with pytest.raises(Refusal, match="ALL_R: random ratios are not supported yet"):
+    with pytest.raises(Refusal, match="ALL_R has a random ratio, and recipes"):
         parse("ALL_R", own=own)
     with pytest.raises(Refusal, match=r"did you mean .*mine"):
         parse("minee", own=own)
@@ -755,7 +755,7 @@ def test_rules_that_match_nothing_are_found():
         ("::0,IN05:attn2:x", "rules: rule 2 'IN05:attn2:x': the ratio is 'x', not a number"),
         ("IN05:attn2:", "the ratio is '', not a number"),
         ("IN05:attn2:nan", "the ratio is nan, not a finite number"),
-        ("IN05:attn2:R", "random ratios are not supported yet"),
+        ("IN05:attn2:R", "a random ratio, and recipes make the same file every time"),
         ("NOT:attn2:1", "NOT wants names after it"),
         ([0.5], "0.5 is not text"),
     ],

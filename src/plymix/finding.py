@@ -54,7 +54,7 @@ def find(
         if altered is not None:
             trouble.append(
                 f"{urls.text(altered)} is not the {model.file} that the recipe names (other"
-                " content)"
+                f" content: the SHA-256 of that begins {model.sha256[:10]})"
             )
         else:
             size = f" ({model.size:,} bytes)" if model.size else ""

@@ -203,6 +203,9 @@ def formula(recipe: Recipe, name: str | None = None) -> str:
             for what, n in given.items()
             if n in recipe.models and n != recipe.base()
         ]
+        parts += ["; EMA weights used"] if output.ema == "use" else []
+        adjusted = ", ".join(f"{k} = {_weight(v)}" for k, v in sorted(output.adjust.items()))
+        parts += [f"; adjusted {adjusted}"] if adjusted else []
         parts += [f"; {output.component} alone"] if output.component else []
         parts += [f"; without {', '.join(output.drop)}"] if output.drop else []
         parts += [f"; repaired {', '.join(output.repair)}"] if output.repair else []

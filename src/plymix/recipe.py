@@ -321,10 +321,25 @@ def _model(name: str, found: Any) -> Model:
     try:
         model = msgspec.convert(found, Model)
     except msgspec.ValidationError as e:
-        raise Refusal(f"models.{name}: {e}") from None
+        raise _misfit(f"models.{name}", e) from None
     if not model.file:
         raise Refusal(f"models.{name} names no file")
     return model
+
+
+_KINDS = {
+    "str": "a text", "int": "a whole number", "float": "a number", "bool": "true or false",
+    "object": "a table", "array": "a list", "null": "nothing",
+}  # fmt: skip
+
+
+def _misfit(where: str, error: msgspec.ValidationError) -> Refusal:
+    """What is wrong with a field, in the words of TOML."""
+    match = re.fullmatch(r"Expected `(.+)`, got `(\w+)`(?: - at `\$(.*)`)?", str(error))
+    if match is None:
+        return Refusal(f"{where}: {error}")
+    wanted = " or ".join(_KINDS.get(kind, kind) for kind in match[1].split(" | "))
+    return Refusal(f"{where}{match[3] or ''} is {_KINDS.get(match[2], match[2])}, not {wanted}")
 
 
 def _step(name: str, found: Any) -> Step:
@@ -401,7 +416,7 @@ def _output(found: dict[str, Any], models: Mapping[str, Any], steps: Mapping[str
     try:
         output = msgspec.convert({**found, "from_": final}, Output)
     except msgspec.ValidationError as e:
-        raise Refusal(f"output: {e}") from None
+        raise _misfit("output", e) from None
     output = msgspec.structs.replace(output, shard=nbytes(output.shard))
     output = msgspec.structs.replace(output, dtype=_dtypes(output.dtype))
     if output.rounding not in ROUNDINGS:

@@ -125,6 +125,7 @@ class Resolved(msgspec.Struct, frozen=True):
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*(e[+-]?\d+)?|\.\d+(e[+-]?\d+)?|nan|inf(inity)?)", re.I | re.A)
 _RANDOM = re.compile(r"[RUXD]|E[RUX]|ALL_[RUX]")
+_NO_RANDOM = "a random ratio, and recipes make the same file every time"
 
 
 def parse(
@@ -209,7 +210,7 @@ def to_json(weight: Weight) -> Any:
 
 def _number(value: object, where: str) -> float:
     if isinstance(value, str) and _RANDOM.fullmatch(value):
-        raise Refusal(f"{where} is {value!r}: random ratios are not supported yet; give a number")
+        raise Refusal(f"{where} is {value!r}, {_NO_RANDOM}; give a number")
     if isinstance(value, bool) or not isinstance(value, Real):
         raise Refusal(f"{where} is {value!r}, not a number")
     try:
@@ -235,13 +236,13 @@ def _preset(name: str, field: str, own: Own) -> str | tuple[float, ...]:
     for mine, values in own.items():
         if mine.upper() == upper:
             if not values:
-                raise Refusal(f"{field}: preset {mine}: random ratios are not supported yet")
+                raise Refusal(f"{field}: preset {mine} has {_NO_RANDOM}")
             return _numbers(values, f"{field}: preset {mine}", ())
     names = _preset_names()
     if upper in names:
         return names[upper]
     if _RANDOM.fullmatch(upper):
-        raise Refusal(f"{field}: {name!r}: random ratios are not supported yet; give numbers")
+        raise Refusal(f"{field}: {name!r} is {_NO_RANDOM}; give numbers")
     if _NUMBER.fullmatch(name.strip()):
         raise Refusal(f"{field} is the text {name!r}; a number takes no quotes")
     raise unknown(f"preset for {field}", name, [*names, *own], help="`plymix presets` lists them")

@@ -369,6 +369,17 @@ def test_ema_is_left_out_and_said_so(here: Path) -> None:
     assert any("tensors left out (ema = drop)" in text for text in ran.notes)
 
 
+@pytest.mark.parametrize(("ema", "done"), [("keep", "left out"), ("use", "replaced by their EMA")])
+def test_what_becomes_of_the_second_models_ema_is_said(here: Path, ema: str, done: str) -> None:
+    tiny.write(here / "ema.safetensors", "sd1", dtype="F16", ema=True)
+    words = ("merge", "b.safetensors", "ema.safetensors", "-o", "out.safetensors", "--ema", ema)
+    ran = plymix(*words)
+    assert ran.code == 0, ran.err
+    told = [n for n in ran.notes if n.startswith("note: ema.safetensors: ")]
+    assert len(told) == 1
+    assert f" tensors {done}" in told[0]
+
+
 # --- recipes ------------------------------------------------------------------------------------
 
 RECIPE = """
@@ -508,7 +519,7 @@ def test_a_shown_recipe_finds_its_models_as_a_replay_does(here: Path) -> None:
     raw = bytearray((here / "a.safetensors").read_bytes())
     raw[-1] ^= 1
     (here / "b.safetensors").write_bytes(raw)
-    refused("b.safetensors is not the b.safetensors that the recipe names (other content)")
+    refused("b.safetensors is not the b.safetensors that the recipe names (other content: ")
     assert not (here / "two.safetensors").exists()
 
 

@@ -43,7 +43,8 @@ def remarks(plan: Plan) -> Iterator[str]:
     for i in plan.inputs:
         for rule, keys in plan.dropped.get(i.name, {}).items():
             if rule.startswith("ema") and i.name in plan.recipe.models:
-                done = "left out" if rule == "ema = drop" else "replaced by their EMA copies"
+                used = rule in ("ema = use", "ema = exchange")
+                done = "replaced by their EMA copies" if used else "left out"
                 yield f"{i.label}: {amount(len(keys))} {done} ({rule})"
         unmatched = plan.unmatched.get(i.name, ())
         told = {*i.strangers, *i.paired.unpaired} | (plan.used(i) if unmatched else set())

@@ -405,7 +405,10 @@ class Making(Opening):
         if any(i < fixed for i in lost) or (method.variadic and several < method.min_variadic):
             return self._without(settings, key, present, lost)
         if lost:
-            self._lack(f"merged without {listed(names[i] for i in lost)}, which lacks it", key)
+            self._lack(
+                f"merged without {listed(self._called(names[i]) for i in lost)}, which lacks it",
+                key,
+            )
         return self._applied(settings, key, place, present)
 
     def _adapted(
@@ -445,14 +448,18 @@ class Making(Opening):
         names = settings.step.inputs
         if settings.method.delta:
             expr, shape = present[0][1]
-            self._lack(f"left out of a difference: not in {names[lost[0]]}", key)
+            self._lack(f"left out of a difference: not in {self._called(names[lost[0]])}", key)
             return Sum(((0.0, expr),)), shape
         first = names[present[0][0]]
         if first in self.settings and self.settings[first].method.delta:
             self._lack(f"left out: only a difference ({first}) has them", key)
             return None
-        self._lack(f"taken from {first}: not in {names[lost[0]]}", key)
+        self._lack(f"taken from {self._called(first)}: not in {self._called(names[lost[0]])}", key)
         return present[0][1]
+
+    def _called(self, name: str) -> str:
+        """A model or step as people know it: by its file's name, or as the recipe has it."""
+        return self.by_name[name].label if name in self.by_name else f"steps.{name}"
 
     def _lack(self, what: str, key: str) -> None:
         self.lacking.setdefault(what, []).append(key)
@@ -464,6 +471,7 @@ class Making(Opening):
         place: Place,
         present: list[tuple[int, tuple[Expr, tuple[int, ...]]]],
     ) -> tuple[Expr, tuple[int, ...]]:
+        names = settings.step.inputs
         shapes = [shape for _, (_, shape) in present]
         args = [expr for _, (expr, _) in present]
         models = tuple(i for i, _ in present)
@@ -475,8 +483,8 @@ class Making(Opening):
         if any(f is None for f in fitted):
             at = next(i for i, f in enumerate(fitted) if f is None)
             raise Refusal(
-                f"{key} has the shape {list(shapes[0])} in {settings.step.inputs[models[0]]} and"
-                f" {list(shapes[at])} in {settings.step.inputs[models[at]]}; these models are not"
+                f"{key} has the shape {list(shapes[0])} in {self._called(names[models[0]])} and"
+                f" {list(shapes[at])} in {self._called(names[models[at]])}; these models are not"
                 " of one kind"
             )
         good = [f for f in fitted if f is not None]
@@ -498,7 +506,9 @@ class Making(Opening):
         assert self.arch is not None
         plain = self.arch.input_channels
         if len(widths) != 2 or widths[0] != plain or len(rest) != 1:
-            text = ", ".join(f"{names[m]} {s[1]}" for m, s in zip(models, shapes, strict=True))
+            text = ", ".join(
+                f"{self._called(names[m])} {s[1]}" for m, s in zip(models, shapes, strict=True)
+            )
             raise Refusal(
                 f"{key} has different numbers of input channels ({text}): only plain models"
                 f" ({plain}) and one kind of inpainting or similar model mix"
@@ -511,7 +521,7 @@ class Making(Opening):
         expr = settings.apply(key, place, inner, models)
         self.notes.append(
             f"{key}: channels 0-{widths[0] - 1} merged, {widths[0]}-{widths[1] - 1} kept from"
-            f" {names[models[owner]]}"
+            f" {self._called(names[models[owner]])}"
         )
         if expr == inner[owner]:
             return args[owner], shapes[owner]
