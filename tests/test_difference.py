@@ -210,9 +210,33 @@ def test_other_names(tmp_path):
     found = plymix.diff(one, other)
     assert "same weights, other names" in found.verdicts
     assert all(t.state == "same" for t in found.tensors)
+    assert found.same
+    assert not found.only_a
+    assert found.verdicts[-1].startswith(
+        "not counted, as files in diffusers' names never have them: 13 tensors of sd1.safetensors:"
+    )
     old = tiny.write(tmp_path / "nai.safetensors", "sd1", 6, nai=True)
     plymix.repair(old, tmp_path / "new.safetensors")
     assert plymix.diff(old, tmp_path / "new.safetensors").same
+
+
+@pytest.mark.parametrize("model", ["sd2", "sdxl"])
+def test_what_no_folder_has_is_no_difference(tmp_path, model):
+    one, other = single(tmp_path / "a.safetensors", model, 5), folder(tmp_path / "f", model, 5)
+    plymix.convert(other, tmp_path / "b.safetensors")
+    for theirs in (other, tmp_path / "b.safetensors"):
+        for found in (plymix.diff(one, theirs), plymix.diff(theirs, one)):
+            assert "holds the same weights as" in found.verdicts[0]
+            assert "of a.safetensors" in found.verdicts[-1]
+            lost = set(found.only_a + found.only_b)  # a file may have a schedule, a folder not
+            assert found.same == (not lost)
+            assert not lost or theirs != other
+    # what is missing and not for that reason is a difference
+    rows = _rows(tmp_path / "b.safetensors")
+    del rows[key := next(k for k in rows if "text_model.encoder" in k or "resblocks.0" in k)]
+    found = plymix.diff(one, save(tmp_path / "c.safetensors", rows))
+    assert key in found.only_a
+    assert not any("the same weights" in text for text in found.verdicts)
 
 
 def test_a_component_and_the_model_it_is_of(pair, tmp_path):

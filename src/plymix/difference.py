@@ -21,12 +21,13 @@ import msgspec
 import numpy as np
 
 from plymix import kernels, pairing
-from plymix.archs import Architecture, Place
+from plymix.archs import Architecture, Place, is_schedule
+from plymix.archs.dialects import absent, meant
 from plymix.engine import ProgressCallback
-from plymix.errors import Refusal, listed
+from plymix.errors import Refusal, amount, listed
 from plymix.formats import open_model
 from plymix.formats.base import BITS, Source, TensorInfo
-from plymix.pairing import Paired
+from plymix.pairing import DIFFUSERS, Paired
 from plymix.plan import fitted
 from plymix.recipe import DTYPES
 from plymix.respelling import lone
@@ -129,6 +130,26 @@ class Side:
     @property
     def title(self) -> str:
         return self.paired.detection.title
+
+    def without(self, other: Side, arch: Architecture | None) -> tuple[list[str], list[str]]:
+        """The keys that `other` lacks: those that say something, and those that do not.
+
+        Files in diffusers' names never have some tensors, nor do files made of them; and the noise
+        schedule is in a folder's configuration.
+        """
+        lacking = [key for key in self.tensors if key not in other.tensors]
+        if arch is None or not lacking:
+            return lacking, []
+        rows, held = absent(arch, DIFFUSERS, other.tensors.keys()), other.components
+        folder = other.paired.dialect == DIFFUSERS and arch.denoiser.name in held
+
+        def is_never(key: str) -> bool:
+            if folder and is_schedule(key):
+                return True
+            return self.places[key].component in held and any(meant(name, key) for name in rows)
+
+        never = [key for key in lacking if is_never(key)]
+        return [key for key in lacking if key not in never], never
 
     @property
     def named(self) -> str:
@@ -369,18 +390,18 @@ def _difference(a: Side, b: Side, threads: int, progress: ProgressCallback | Non
     arch = a.paired.detection.arch or b.paired.detection.arch
     components = [c.name for c in arch.components] if arch else []
     blocks = [*(arch.blocks if arch else ()), "BASE", "VAE", "EMA", "BUFFER"]
-    only_a, only_b = _only(a, b), _only(b, a)
+    more_a, more_b = a.without(b, arch), b.without(a, arch)
     return Difference(
         a=a.label,
         b=b.label,
         title_a=a.title,
         title_b=b.title,
-        verdicts=tuple(_verdicts(a, b, rows, reshaped)),
+        verdicts=tuple(_verdicts(a, b, rows, reshaped, (more_a, more_b))),
         total=_distance("total", "", [t for _, _, t in rows]),
         components=tuple(_grouped(rows, lambda p: (p.component, p.component), components)),
         blocks=tuple(_grouped(rows, lambda p: (p.block, "" if p.buffer else p.component), blocks)),
-        only_a=only_a,
-        only_b=only_b,
+        only_a=(*(a.tensors[key].name for key in more_a[0]), *a.alone),
+        only_b=(*(b.tensors[key].name for key in more_b[0]), *b.alone),
         reshaped=tuple(reshaped),
         tensors=tuple(
             Compared(key, p.block, p.component, t.state, t.relative, t.cosine) for key, p, t in rows
@@ -389,10 +410,6 @@ def _difference(a: Side, b: Side, threads: int, progress: ProgressCallback | Non
 
 
 Row = tuple[str, Place, Tally]
-
-
-def _only(side: Side, other: Side) -> tuple[str, ...]:
-    return (*(i.name for k, i in side.tensors.items() if k not in other.tensors), *side.alone)
 
 
 def _grouped(rows: Sequence[Row], name: Any, order: Sequence[str]) -> Iterator[Distance]:
@@ -410,8 +427,14 @@ def _distance(name: str, component: str, tallies: Sequence[Tally]) -> Distance:
     return Distance(name, component, len(tallies), changed, total.relative, total.cosine)
 
 
-def _verdicts(a: Side, b: Side, rows: Sequence[Row], reshaped: Sequence[str]) -> Iterator[str]:
-    """What the numbers mean, in sentences."""
+def _verdicts(
+    a: Side,
+    b: Side,
+    rows: Sequence[Row],
+    reshaped: Sequence[str],
+    more_keys: Sequence[tuple[Sequence[str], Sequence[str]]],
+) -> Iterator[str]:
+    """What the numbers mean, in sentences; `more_keys` is what `without` gave for each side."""
     arch = a.paired.detection.arch or b.paired.detection.arch
     titles = {c.name: c.title for c in arch.components} if arch else {}
     titles |= {"ema": "EMA weights", "extra": "other tensors", "model": "weights"}
@@ -419,9 +442,9 @@ def _verdicts(a: Side, b: Side, rows: Sequence[Row], reshaped: Sequence[str]) ->
     for _, place, tally in rows:
         if not place.buffer:
             states.setdefault(place.component, set()).add(tally.state)
-    for one, other in ((a, b), (b, a)):
-        lacking = (k for k in one.tensors if k not in other.tensors and not one.places[k].buffer)
-        for component in {one.places[k].component for k in lacking} & states.keys():
+    for side, (lacking, _) in zip((a, b), more_keys, strict=True):
+        weights = (side.places[k] for k in lacking if not side.places[k].buffer)
+        for component in {place.component for place in weights} & states.keys():
             states[component].add("changed")
     for key in reshaped:
         states.setdefault(a.places[key].component, set()).add("changed")
@@ -457,6 +480,13 @@ def _verdicts(a: Side, b: Side, rows: Sequence[Row], reshaped: Sequence[str]) ->
                 f"{one.label} is {other.label} plus {what}"
                 if whole
                 else (f"{one.label} alone has {what}")
+            )
+    for side, (_, never) in zip((a, b), more_keys, strict=True):
+        if never:
+            yield (
+                f"not counted, as files in {DIFFUSERS}' names never have them:"
+                f" {amount(len(never))} of {side.label}:"
+                f" {listed((side.tensors[key].name for key in never), 3)}"
             )
     buffers = [k for k, p, t in rows if p.buffer and t.state not in SAME]
     if buffers:
