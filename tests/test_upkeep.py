@@ -12,8 +12,8 @@ from maps import golden_map
 from plymix import archs, cli, replay
 from plymix.errors import Refusal
 from plymix.formats import open_model
-from small import save
-from test_dialect_merges import folder, in_diffusers_names, weights
+from small import data, save
+from test_dialect_merges import folder, in_diffusers_names, single, weights
 
 UNET = "model.diffusion_model."
 SCHEDULE = {
@@ -136,6 +136,48 @@ def test_from_a_diffusers_folder(home, tmp_path):
     assert {k: v[2] for k, v in got.items()} == {
         k.removeprefix("first_stage_model."): x.tobytes() for k, (_, x) in want.items()
     }
+
+
+@pytest.mark.parametrize("component", ["vae", "unet", "text_encoder", "text_encoder_2"])
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_component_as_diffusers_has_it(model, tmp_path, component, kind):
+    """From a file or a folder, into a file or a folder of its own that its class can load."""
+    whole = folder(tmp_path / "xl", "sdxl", 5)
+    given = single(tmp_path / "xl.safetensors", "sdxl", 5) if kind == "file" else whole
+    want = in_diffusers_names("sdxl", weights("sdxl", 5), [component])[component]
+    want = {key: x.tobytes() for key, (_, x) in want.items()}
+    file, home = tmp_path / "part.safetensors", tmp_path / component
+    plymix.extract(given, component, file, layout="diffusers")
+    plymix.extract(given, component, home)
+    (held,) = home.glob("*.safetensors")
+    assert data(file) == data(held) == want
+    config = json.loads((home / "config.json").read_text())
+    if kind == "file":  # the test's folder has empty configurations, which are kept
+        assert held.stem == ("model" if "text" in component else "diffusion_pytorch_model")
+        assert ("_class_name" in config) == (held.stem != "model")
+    assert replay.verify(file, folders=[tmp_path]).ok
+    assert replay.verify(home, folders=[tmp_path]).ok
+    with pytest.raises(Refusal, match="--keep-prefix keeps the names"):
+        plymix.extract(given, component, tmp_path / "x", keep_prefix=True)
+
+
+def test_shards_and_configs(model, tmp_path):
+    path = model("sdxl", 1)
+    found = plymix.extract(path, "unet", tmp_path / "u.safetensors", shard="1MB")
+    assert found.path == tmp_path / "u.safetensors.index.json"
+    with open_model(found.path) as source:
+        assert len(source.files) > 2
+        assert len(source.tensors) == 1680
+    lent = folder(tmp_path / "lent", "sdxl", 2)
+    (lent / "vae" / "config.json").write_text('{"_class_name": "Mine"}')
+    plymix.extract(path, "vae", tmp_path / "vae", configs=lent)
+    assert (tmp_path / "vae" / "config.json").read_text() == '{"_class_name": "Mine"}'
+    plymix.prune(path, tmp_path / "xl", drop=["unet"], shard="100KB", configs=lent)
+    assert (tmp_path / "xl" / "vae" / "config.json").read_text() == '{"_class_name": "Mine"}'
+    assert len([*(tmp_path / "xl" / "vae").glob("*.safetensors")]) > 1
+    old = tiny.write(tmp_path / "old.safetensors", "sd1", 6, nai=True)
+    found = plymix.repair(old, tmp_path / "new.safetensors", shard="1MB")
+    assert found.path.name == "new.safetensors.index.json"
 
 
 @pytest.mark.parametrize("component", ["vae", "unet", "text_encoder_2"])
@@ -330,10 +372,10 @@ def test_more_to_drop(model, tmp_path):
     assert len(rules["drop = vae"]) == 248
     got, was = contents(out)[0], contents(path)[0]
     assert set(got) == set(was).difference(*rules.values())
-    for key, (dtype, _, data) in got.items():
+    for key, (dtype, _, value) in got.items():
         if dtype == "F32":
             want = np.frombuffer(was[key][2], np.float16).astype(np.float32)
-            assert data == want.tobytes()
+            assert value == want.tobytes()
     assert {v[0] for v in got.values()} == {"F32", "I64"}
 
 

@@ -461,7 +461,7 @@ def run(
             f"{path} would be a component of the pipeline {path.parent.name}, and the result is a"
             " pipeline itself; name a folder outside"
         )
-    tensors, layout = plan.layout(path, metadata.build(plan), _configs(configs, notes))
+    tensors, layout = plan.layout(path, metadata.build(plan), small_files(configs, notes))
     notes.extend(_replaced(plan, path, layout))
     late = {metadata.pending(i): _hasher(i.source.files, plan.recipe, i) for i in plan.inputs}
     sources = plan.sources
@@ -509,7 +509,7 @@ def _replaced(plan: Plan, path: Path, layout: Layout) -> Iterator[str]:
             )
 
 
-def _configs(given: PathLike, notes: list[str]) -> Callable[[Plan], Mapping[str, Content]]:
+def small_files(given: PathLike, notes: list[str]) -> Callable[[Plan], Mapping[str, Content]]:
     """What gives the small files of a folder; `notes` gets what a user should know of them."""
 
     def found(plan: Plan) -> Mapping[str, Content]:

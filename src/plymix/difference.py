@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 
 from plymix import kernels, pairing
-from plymix.archs import Architecture, Place, is_schedule
+from plymix.archs import Architecture, Place, described, is_schedule
 from plymix.archs.dialects import absent, meant
 from plymix.engine import ProgressCallback
 from plymix.errors import Refusal, amount, listed
@@ -99,18 +99,25 @@ PathLike = Union[str, "os.PathLike[str]"]
 
 
 def diff(
-    a: PathLike, b: PathLike, *, threads: int = 0, progress: ProgressCallback | None = None
+    a: PathLike,
+    b: PathLike,
+    *,
+    arch: PathLike = "",
+    threads: int = 0,
+    progress: ProgressCallback | None = None,
 ) -> Difference:
     """Compare two models, or parts of models, tensor by tensor.
 
-    They may differ in format, names and number formats. Raises Refusal for two architectures and
+    They may differ in format, names and number formats. `arch` is a file that describes an
+    architecture of your own, looked for first. Raises Refusal for two architectures and
     for files that share no tensor, Cancelled when `progress` returns False.
     """
+    own = described(arch)
     with ExitStack() as stack:
         sources = [stack.enter_context(open_model(path)) for path in (a, b)]
         for source in sources:
             source.expect(source.tensors.values())
-        return _difference(*_sides(*sources), threads, progress)
+        return _difference(*_sides(sources[0], sources[1], own), threads, progress)
 
 
 # --- what belongs together ----------------------------------------------------------------------
@@ -160,8 +167,8 @@ class Side:
         return tuple(dict.fromkeys(p.component for p in self.places.values() if not p.buffer))
 
 
-def _sides(a: Source, b: Source) -> tuple[Side, Side]:
-    found = [pairing.pair(source) for source in (a, b)]
+def _sides(a: Source, b: Source, own: Architecture | None) -> tuple[Side, Side]:
+    found = [pairing.pair(source, own=own) for source in (a, b)]
     archs = [p.detection.arch if _is_model(p) else None for p in found]
     if archs[0] and archs[1] and archs[0] != archs[1]:
         titles = " and ".join(

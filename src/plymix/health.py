@@ -81,26 +81,30 @@ def check(
     path: str | os.PathLike[str],
     *,
     dtype: str | None = None,
+    arch: str | os.PathLike[str] = "",
     progress: ProgressCallback | None = None,
 ) -> Health:
     """Read the whole model file at `path` and judge it.
 
     With `dtype` ("fp16", "bf16", "fp32") numbers too large for it are errors; without, those too
-    large for fp16 are a warning. A damaged or truncated file is a finding. Raises Refusal when
-    there is no such file or dtype, and Cancelled when `progress` returns False.
+    large for fp16 are a warning. `arch` is a file that describes an architecture of your own,
+    looked for first. A damaged or truncated file is a finding. Raises Refusal when there is no such
+    file or dtype, and Cancelled when `progress` returns False.
     """
     if dtype is not None and dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
-    name = urls.name(path)
+    name, own = urls.name(path), archs.described(arch)
     try:
         with open_model(path) as source:
-            return _health(source, DTYPES[dtype] if dtype else "", progress)
+            return _health(source, DTYPES[dtype] if dtype else "", own, progress)
     except FormatError as e:
         return Health(name, "", 0, 0, (Finding("error", "damaged", str(e)),))
 
 
-def _health(source: Source, dtype: str, progress: ProgressCallback | None) -> Health:
-    paired = paired_or_not(source)
+def _health(
+    source: Source, dtype: str, own: Architecture | None, progress: ProgressCallback | None
+) -> Health:
+    paired = paired_or_not(source, own)
     detection = paired.detection
     from plymix.known_bad import known_bad
 

@@ -16,9 +16,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
-from plymix import api, metadata, pairing
+from plymix import api, archs, metadata, pairing
 from plymix import plan as planning
 from plymix import recipe as recipes
+from plymix.archs import Architecture
 from plymix.formats import Source, open_model
 from plymix.plan import MAX_IDS, Plan
 from plymix.recipe import Recipe
@@ -85,23 +86,34 @@ def extract(
     keep_prefix: bool = False,
     dtype: str | Mapping[str, str] = "keep",
     ema: str = "drop",
+    layout: str = "",
+    shard: int | str = 0,
+    configs: PathLike = "",
     arch: PathLike = "",
     dry_run: bool = False,
     force: bool = False,
     threads: int = 0,
     progress: ProgressCallback | None = None,
 ) -> Upkeep:
-    """Write one component of `model` into the file `out`.
+    """Write one component of `model` into the file or folder `out`.
 
     `component` is one that `plymix archs NAME` lists: "vae", "text_encoder", "unet", ... The result
     has the names that such files usually have, or, with `keep_prefix`, those it has in the model.
-    `ema="use"` takes the EMA weights of the denoiser. `arch` is as for `merge`. With `dry_run`
-    nothing is written. Raises Refusal.
+    `ema="use"` takes the EMA weights of the denoiser. `layout`, `shard`, `configs` and `arch` are
+    as for `merge`; a folder has diffusers' names. With `dry_run` nothing is written. Raises
+    Refusal.
     """
-    output = {"component": component, "prefix": keep_prefix, "dtype": dtype, "ema": ema}
-    output["arch"] = os.fspath(arch)
-    recipe = _recipe(model, **output)
-    return _made(recipe, out, dry_run=dry_run, force=force, threads=threads, progress=progress)
+    recipe = _recipe(
+        model,
+        component=component,
+        prefix=keep_prefix,
+        dtype=dtype,
+        ema=ema,
+        layout=layout,
+        shard=shard,
+        arch=os.fspath(arch),
+    )
+    return _made(recipe, out, configs, dry_run, force, threads, progress)
 
 
 def prune(
@@ -111,42 +123,55 @@ def prune(
     drop: Sequence[str] = (),
     ema: str = "drop",
     dtype: str | Mapping[str, str] = "keep",
+    layout: str = "",
+    shard: int | str = 0,
+    configs: PathLike = "",
     arch: PathLike = "",
     dry_run: bool = False,
     force: bool = False,
     threads: int = 0,
     progress: ProgressCallback | None = None,
 ) -> Upkeep:
-    """Write `model` into the file `out` without what only training needs.
+    """Write `model` into the file or folder `out` without what only training needs.
 
     EMA weights are left out, kept, or with `ema="use"` put in place of the others. `drop` names
     more: components, "schedules" (of noise), keys "unknown" to the architecture, "metadata" that
-    says nothing of the model. `dtype` and `arch` are as for `merge`. With `dry_run`
-    nothing is written. Raises Refusal.
+    says nothing of the model. `dtype`, `layout`, `shard`, `configs` and `arch` are as for `merge`.
+    With `dry_run` nothing is written. Raises Refusal.
     """
-    wanted = dict.fromkeys(("leftovers", *drop))
     recipe = _recipe(
-        model, drop=list(wanted), ema=ema, dtype=dtype, arch=os.fspath(arch) or api.by_key(model)
+        model,
+        drop=list(dict.fromkeys(("leftovers", *drop))),
+        ema=ema,
+        dtype=dtype,
+        layout=layout,
+        shard=shard,
+        arch=os.fspath(arch) or api.by_key(model),
     )
-    return _made(recipe, out, dry_run=dry_run, force=force, threads=threads, progress=progress)
+    return _made(recipe, out, configs, dry_run, force, threads, progress)
 
 
 def repair(
     model: PathLike,
     out: PathLike | None = None,
     *,
+    shard: int | str = 0,
+    configs: PathLike = "",
+    arch: PathLike = "",
     dry_run: bool = False,
     force: bool = False,
     threads: int = 0,
     progress: ProgressCallback | None = None,
 ) -> Upkeep:
-    """Write `model` into the file `out` with what is broken in it put right, and nothing else.
+    """Write `model` into the file or folder `out` with what is broken put right, and nothing else.
 
     CLIP position ids that are not 0..76 in int64, text encoder names of the NovelAI era, tensors
-    that do not lie in one piece. Where nothing is broken, nothing is written. Raises Refusal.
+    that do not lie in one piece. Where nothing is broken, nothing is written. `shard` and
+    `configs` are as for `merge`, `arch` is a file that describes an architecture of your own.
+    Raises Refusal.
     """
     with open_model(model) as source:
-        broken = tuple(_broken(source))
+        broken = tuple(_broken(source, archs.described(arch)))
         before = source.nbytes
         tensors = len(source.tensors)
         name = source.path.name
@@ -154,8 +179,9 @@ def repair(
         return Upkeep(None, name, tensors, before, before)
     kinds = {one.kind for one in broken}
     named = [name for name in recipes.REPAIRS if name in kinds]
-    recipe = _recipe(model, repair=named, ema="keep", arch=api.by_key(model))
-    made = _made(recipe, out, dry_run=dry_run, force=force, threads=threads, progress=progress)
+    known = os.fspath(arch) or api.by_key(model)
+    recipe = _recipe(model, repair=named, ema="keep", shard=shard, arch=known)
+    made = _made(recipe, out, configs, dry_run, force, threads, progress)
     return replace(made, repairs=broken)
 
 
@@ -170,7 +196,7 @@ def _recipe(model: PathLike, **output: Any) -> Recipe:
 def _made(
     recipe: Recipe,
     out: PathLike | None,
-    *,
+    configs: PathLike,
     dry_run: bool,
     force: bool,
     threads: int,
@@ -193,9 +219,12 @@ def _made(
             notes=plan.notes,
         )
         if dry_run:
-            return replace(told, after=plan.layout(path, metadata.build(plan))[1].size)
-        done = api.run(plan, path, threads=threads, progress=progress)
-    return replace(told, path=path, after=done.nbytes, notes=done.notes, seconds=done.seconds)
+            notes: list[str] = []
+            files = api.small_files(configs, notes)
+            after = plan.layout(path, metadata.build(plan), files)[1].size
+            return replace(told, after=after, notes=(*plan.notes, *notes))
+        done = api.run(plan, path, threads=threads, configs=configs, progress=progress)
+    return replace(told, path=done.path, after=done.nbytes, notes=done.notes, seconds=done.seconds)
 
 
 def _left_out(plan: Plan) -> Iterator[LeftOut]:
@@ -215,7 +244,7 @@ def _size(base: planning.Input, key: str) -> int:
 # --- what is broken -----------------------------------------------------------------------------
 
 
-def _broken(source: Source) -> Iterator[Repair]:
+def _broken(source: Source, own: Architecture | None) -> Iterator[Repair]:
     """What `repair` puts right in a file."""
     from plymix.health import position_ids
 
@@ -227,7 +256,7 @@ def _broken(source: Source) -> Iterator[Repair]:
         wrong = f"{finding.elements} wrong" if finding.elements else "right"
         text = f"{info.dtype}, {wrong} of {info.numel}; now 0..{info.numel - 1} as I64"
         yield Repair("position_ids", key, text)
-    arch = pairing.unpaired(source).detection.arch
+    arch = pairing.unpaired(source, own).detection.arch
     for key, info in source.tensors.items():
         if arch and (name := arch.old_name(key)):
             yield Repair("names", key, f"now {name}")

@@ -76,6 +76,25 @@ def test_its_components_are_converted_taken_out_and_dropped(lumen):
         assert "arch=lumen" in said.split()
 
 
+def test_it_is_checked_compared_and_repaired(lumen):
+    """What a model's own description says of it, in the commands that only look, too."""
+    one, two, arch = lumen / "a.safetensors", lumen / "b.safetensors", lumen / "lumen.toml"
+    assert "lumen" not in plymix.check(one).title.lower()
+    assert plymix.check(one, arch=arch).title == plymix.inspect(one, arch=arch).title
+    plymix.merge(one, two, lumen / "o.safetensors", alpha={"blocks": {"B01": 1.0}}, arch=arch)
+    found = plymix.diff(one, lumen / "o.safetensors", arch=arch)
+    assert {b.name for b in found.blocks if b.changed} == {"B01"}
+    assert [b.name for b in plymix.diff(one, lumen / "o.safetensors").blocks] == ["OTHER"]
+    rows = load(one)[0] | {"text_encoders.clip.position_ids": coded([0, 1, 3], "F32")}
+    plymix.repair(save(lumen / "c.safetensors", rows), lumen / "d.safetensors", arch=arch)
+    ids = load(lumen / "d.safetensors")[0]["text_encoders.clip.position_ids"]
+    assert (ids[0], ids[1].tolist()) == ("I64", [0, 1, 2])
+    assert "arch=lumen" in plymix.inspect(lumen / "d.safetensors").recipe[0].split()
+    for command in (plymix.check, plymix.inspect):
+        with pytest.raises(Refusal, match=r"nowhere\.toml"):
+            command(one, arch="nowhere.toml")
+
+
 def test_the_recipe_carries_the_description(lumen):
     merged(lumen, alpha=[*SHARES.values()])
     (lumen / "lumen.toml").unlink()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from plymix.cli import screen
-from plymix.cli.options import Force, Json, Threads, argument, checked_threads, option
+from plymix.cli.options import Force, Json, OwnArch, Threads, argument, checked_threads, option
 
 if TYPE_CHECKING:
     from plymix.chart import Chart
@@ -27,6 +27,7 @@ def diff(
             "Draw the blocks here too: .svg, or .png (needs Pillow).", metavar="FILE", default=False
         ),
     ] = "",
+    arch: OwnArch = "",
     force: Force = False,
     threads: Threads = 0,
     json: Json = False,
@@ -43,7 +44,9 @@ def diff(
     if path:
         chart.check(path, force)
     with screen.ProgressLine() as progress:
-        found = difference.diff(a, b, threads=checked_threads(threads), progress=progress)
+        found = difference.diff(
+            a, b, arch=arch, threads=checked_threads(threads), progress=progress
+        )
     if path:
         chart.write(drawn(found), path)
     if json:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from plymix.cli import screen
-from plymix.cli.options import Json, argument, option
+from plymix.cli.options import Json, OwnArch, argument, option
 from plymix.errors import unknown
 
 if TYPE_CHECKING:
@@ -32,10 +32,7 @@ def inspect(
     hashes: Annotated[
         bool, option("Compute the file's hashes too (reads all of it).", default=False)
     ] = False,
-    arch: Annotated[
-        str,
-        option("An architecture of your own, to look for first.", default=False, metavar="FILE"),
-    ] = "",
+    arch: OwnArch = "",
     json: Json = False,
 ) -> None:
     """Show what a model file is and holds.
@@ -134,6 +131,7 @@ def check(
             metavar="DTYPE",
         ),
     ] = None,
+    arch: OwnArch = "",
     json: Json = False,
 ) -> int:
     """Look for damage: NaN, infinities, zeros, bad position ids.
@@ -144,7 +142,7 @@ def check(
     from plymix.health import check as examine
 
     with screen.ProgressLine() as progress:
-        health = examine(file, dtype=dtype, progress=progress)
+        health = examine(file, dtype=dtype, arch=arch, progress=progress)
     if json:
         screen.put_json(health.to_dict())
         return health.exit_code

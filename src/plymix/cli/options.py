@@ -62,16 +62,6 @@ Output = Annotated[
         metavar="FILE",
     ),
 ]
-OneFile = Annotated[
-    str,
-    option(
-        "The result: .safetensors, .ckpt or .gguf.",
-        "--output",
-        "-o",
-        default=False,
-        metavar="FILE",
-    ),
-]
 Dtypes = Annotated[
     str,
     option(
@@ -140,6 +130,12 @@ Arch = Annotated[
         default=False,
         metavar="any|FILE",
     ),
+]
+
+
+OwnArch = Annotated[
+    str,
+    option("An architecture of your own, to look for first.", default=False, metavar="FILE"),
 ]
 
 

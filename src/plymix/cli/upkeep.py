@@ -6,7 +6,20 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from plymix.cli import screen
-from plymix.cli.options import Arch, Dtypes, Force, Json, OneFile, Output, Threads, argument, option
+from plymix.cli.options import (
+    Arch,
+    Configs,
+    Dtypes,
+    Force,
+    InLayout,
+    Json,
+    Output,
+    OwnArch,
+    Shard,
+    Threads,
+    argument,
+    option,
+)
 from plymix.cli.options import checked_threads as checked
 
 if TYPE_CHECKING:
@@ -29,7 +42,7 @@ def extract(
     component: Annotated[
         str, option("vae, text_encoder, unet ...: plymix archs NAME lists them.", default=False)
     ],
-    output: OneFile = "",
+    output: Output = "",
     keep_prefix: Annotated[
         bool, option("Keep the names that the keys have in the model.", default=False)
     ] = False,
@@ -37,6 +50,9 @@ def extract(
     ema: Annotated[
         Literal["drop", "use"], option("use: the denoiser's EMA weights in place of the others.")
     ] = "drop",
+    layout: InLayout = None,
+    shard: Shard = "",
+    configs: Configs = "",
     arch: Arch = "",
     dry_run: Preview = False,
     force: Force = False,
@@ -50,7 +66,8 @@ def extract(
     """
     from plymix import upkeep
 
-    options = {"keep_prefix": keep_prefix, "dtype": dtype, "ema": ema, "arch": arch}
+    options: dict[str, Any] = {"keep_prefix": keep_prefix, "dtype": dtype, "ema": ema}
+    options |= {"layout": layout or "", "shard": shard or 0, "configs": configs, "arch": arch}
     _show(_done(upkeep.extract, file, component, output, dry_run, force, threads, options), json)
 
 
@@ -72,6 +89,9 @@ def prune(
         Ema, option("EMA weights: leave out, keep, or use in place of the others.")
     ] = "drop",
     dtype: Dtypes = "keep",
+    layout: InLayout = None,
+    shard: Shard = "",
+    configs: Configs = "",
     arch: Arch = "",
     dry_run: Preview = False,
     force: Force = False,
@@ -84,7 +104,8 @@ def prune(
     """
     from plymix import upkeep
 
-    options = {"drop": drop, "ema": ema, "dtype": dtype, "arch": arch}
+    options: dict[str, Any] = {"drop": drop, "ema": ema, "dtype": dtype}
+    options |= {"layout": layout or "", "shard": shard or 0, "configs": configs, "arch": arch}
     _show(_done(upkeep.prune, file, None, output, dry_run, force, threads, options), json)
 
 
@@ -93,6 +114,9 @@ def repair(
     /,
     *,
     output: Output = "",
+    shard: Shard = "",
+    configs: Configs = "",
+    arch: OwnArch = "",
     dry_run: Preview = False,
     force: Force = False,
     threads: Threads = 0,
@@ -106,7 +130,8 @@ def repair(
     """
     from plymix import upkeep
 
-    found = _done(upkeep.repair, file, None, output, dry_run, force, threads, {})
+    options = {"shard": shard or 0, "configs": configs, "arch": arch}
+    found = _done(upkeep.repair, file, None, output, dry_run, force, threads, options)
     if json or found.repairs:
         _show(found, json)
     else:

@@ -121,17 +121,18 @@ class Making(Opening):
                 self.components, self.folder = tuple(dict.fromkeys(names)), True
             return tensors, places, fates
         assert self.arch is not None
-        if self.recipe.output.component:
-            if layout:
-                raise Refusal(
-                    "an extracted component has its architecture's own names, in one file; plymix"
-                    " convert writes it otherwise"
-                )
-            return tensors, places, fates
-        keeps_unknown = "unknown" not in self.recipe.output.drop
+        alone = self.recipe.output.component
+        keeps_unknown = "unknown" not in self.recipe.output.drop and not alone
         homes = {places[tensor.name].key: tensor for tensor in tensors}
         if layout not in ("", "ldm", self.arch.layout, "diffusers"):
             raise unknown(f"layout of {self.short}", layout, ["diffusers", self.arch.layout])
+        if alone and layout != "diffusers":
+            return tensors, places, fates
+        if alone and self.recipe.output.prefix:
+            raise Refusal(
+                "--keep-prefix keeps the names of the model, and a diffusers layout has others;"
+                " leave out one of them"
+            )
         own = not layout and bool(paired.spelling) and not paired.folder
         own = own and homes.keys() <= set(paired.names.values())
         if layout == "diffusers" and not respelling.components(self.arch):
@@ -153,14 +154,18 @@ class Making(Opening):
         shapes = {key: tensor.shape for key, tensor in homes.items()}
         spelling = respelling.in_diffusers(self.arch, shapes, paired)
         self._unwritten(spelling.unwritten)
+        if not spelling.views:
+            what = f"{alone} of {self.short}" if alone else self.short
+            raise Refusal(f"plymix knows no {DIFFUSERS}' names of what is in {what}")
         carried = list(paired.unpaired) if keeps_unknown else []
-        carried += (key for keys in paired.left_out.values() for key in keys)
+        if not alone:
+            carried += (key for keys in paired.left_out.values() for key in keys)
         self.components = tuple(
             dict.fromkeys(
                 (*spelling.views, *(k.partition("/")[0] for k in carried if paired.folder))
             )
         )
-        self.folder = paired.folder or len(self.components) > 1
+        self.folder = (paired.folder or len(self.components) > 1) and not alone
         out: list[Tensor] = []
         of: dict[str, str] = {}
         for component, group in spelling.views.items():
@@ -173,7 +178,7 @@ class Making(Opening):
                 out.append(replace(whole, name=name, shape=shape, expr=expr))
         places = {name: places[home] for name, home in of.items()}
         fates = {name: fates[home] for name, home in of.items()}
-        if paired.unpaired:
+        if paired.unpaired and not alone:
             self._strange(base, paired.unpaired, "copied" if keeps_unknown else "left out")
         home = f"{self.arch.denoiser.name}/" if self.folder and not paired.folder else ""
         for key in carried:
