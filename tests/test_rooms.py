@@ -17,19 +17,21 @@ SOURCE = Path(plymix.__file__).parent
 GROUND = {"errors", "registry"}
 WEB = {"urls", "cache"}
 FORMATS = {"errors", "formats"} | WEB
-ARCHS = {"errors", "archs"}
+ARCHS = {"errors", "texts", "archs"}
 METHODS = {"errors", "registry", "methods"}
-BOTTOM = GROUND | FORMATS | ARCHS | METHODS | {"recipe", "weights", "kernels", "hashes", "expr"}
+BOTTOM = GROUND | FORMATS | ARCHS | METHODS
+BOTTOM |= {"recipe", "weights", "kernels", "hashes", "expr"}
 ALLOWED = {
     "errors": set(),
     "urls": {"errors"},
     "cache": set(),
+    "texts": {"errors"},
     "registry": GROUND,
     "formats": FORMATS,
     "archs": ARCHS,
     "methods": METHODS,
-    "recipe": GROUND | {"urls", "weights", "recipe"},
-    "weights": {"errors", "weights"},
+    "recipe": GROUND | {"texts", "urls", "weights", "recipe"},
+    "weights": {"errors", "texts", "weights"},
     "kernels": {"errors", "kernels"},
     "hashes": FORMATS | {"hashes"},
     "expr": {"errors", "registry", "formats", "expr"},

@@ -699,7 +699,7 @@ def test_a_bad_preset_file_names_the_line(tmp_path, text, said):
 
 
 def test_an_unreadable_preset_file(tmp_path):
-    with pytest.raises(Refusal, match="cannot read presets"):
+    with pytest.raises(Refusal, match="cannot read the presets"):
         load_preset_file(tmp_path / "none.tsv")
     (tmp_path / "b.tsv").write_bytes(b"a\t\xff\xfe")
     with pytest.raises(FormatError, match="not UTF-8"):

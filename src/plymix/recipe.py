@@ -23,7 +23,7 @@ from typing import Any, Union
 
 import msgspec
 
-from plymix import urls, weights
+from plymix import texts, urls, weights
 from plymix.errors import Refusal, unknown
 from plymix.registry import Method, get_method
 
@@ -38,6 +38,9 @@ DTYPES = {
     "fp8_e4m3fn": "F8_E4M3", "fp8_e5m2": "F8_E5M2", "q8_0": "F32",
 }  # fmt: skip
 """What `output.dtype` may say, and what is computed for it. "q8_0" packs what it suits (GGUF)."""
+
+MODELS = (".safetensors", ".ckpt", ".pt", ".gguf")
+"""Endings of what is no recipe."""
 
 REST = "default"
 """In a table of dtypes: all components that it does not name."""
@@ -185,10 +188,12 @@ class Recipe(msgspec.Struct, frozen=True):
 
 def load(path: Path) -> Recipe:
     """Read a recipe from a TOML (or JSON) file."""
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise Refusal(f"cannot read the recipe {path}: {e}") from None
+    if path.suffix.lower() in MODELS:
+        raise Refusal(
+            f"{path} is a model, not a recipe: plymix replay makes a result again, plymix recipe"
+            " show prints what it was made with"
+        )
+    text = texts.text(path, "the recipe")
     if path.suffix.lower() == ".json":
         return from_json(text)
     return from_toml(text, path.name)

@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from plymix import texts
 from plymix.errors import FormatError, Refusal, nearest, unknown
 
 SD1_BLOCKS = (
@@ -496,12 +497,7 @@ def load_preset_file(path: str | Path) -> dict[str, tuple[float, ...]]:
     Raises Refusal, FormatError; both name the line.
     """
     path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as e:
-        raise Refusal(f"cannot read presets from {path}: {e.strerror or e}") from None
-    except UnicodeDecodeError as e:
-        raise FormatError(f"{path.name} is not UTF-8 text (byte {e.start})") from None
+    lines = texts.text(path, "the presets").splitlines()
     found: dict[str, tuple[float, ...]] = {}
     first: dict[str, int] = {}
     for number, line in enumerate(lines, 1):

@@ -238,7 +238,7 @@ def test_files_that_are_none(tmp_path):
     with pytest.raises(Refusal, match=r"unknown output\.arch 'sdxl'"):
         plymix.explain("a", "b", arch="sdxl")
     (tmp_path / "big.toml").write_bytes(b"#" * (own.LARGEST + 1))
-    with pytest.raises(FormatError, match="is no architecture"):
+    with pytest.raises(FormatError, match="cannot be the architecture"):
         archs.described(tmp_path / "big.toml")
     (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(FormatError, match=r"bytes\.toml is not TOML"):

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import sys
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -670,6 +671,8 @@ REFUSED: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("explain", "r.toml", "--alpha", "0.3"), ("--alpha", "recipe")),
     (("run", "r.toml", "--set", "steps.mix.alpha=nan"), ("steps.mix.alpha is nan, not a finite",)),
     (("run", "gone.toml"), ("gone.toml does not exist",)),
+    (("run", "a.safetensors"), ("a.safetensors is a model", "plymix replay", "recipe show")),
+    ((*MERGE, "--arch", "any", "--alpha", "GRAD_V"), ("knows no blocks", "one number")),
     (("run", "r.toml", "--models", "nowhere"), ("--models nowhere is not a folder",)),
     (("inspect",), ("name a model file",)),
     (("inspect", "gone.safetensors"), ("does not exist",)),
@@ -742,6 +745,29 @@ def test_what_goes_wrong_ends_quietly(
     assert "Traceback" not in ran.err
     if not said:
         assert ran.err == ""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("run", "huge"),
+        ("explain", "huge.json"),
+        (*MERGE, "--arch", "huge"),
+        (*MERGE, "--presets", "huge"),
+        ("recipe", "import", "huge"),
+    ],
+)
+def test_a_text_of_gigabytes_is_not_read(here: Path, words: tuple[str, ...]) -> None:
+    for name in ("huge.toml", "huge.json"):
+        with (here / name).open("wb") as file:
+            file.truncate(6 << 30)  # takes no room
+    tracemalloc.start()
+    ran = plymix(*(w + ".toml" if w == "huge" else w for w in words))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (ran.code, ran.out) == (2, ""), ran.err
+    assert "it cannot be the " in ran.err
+    assert peak < 64 << 20
 
 
 def test_debug_adds_the_traceback(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from plymix import texts
 from plymix.archs.model import Architecture, Rule, expanded, names, shared_facts
 from plymix.archs.views import CLASSIC
 from plymix.errors import FormatError, Refusal, listed
@@ -37,13 +38,9 @@ def read(path: Path) -> dict[str, Any]:
 
     Raises Refusal in one line with the file and the field.
     """
+    raw = texts.read(path, "the architecture", LARGEST)
     try:
-        raw = path.read_bytes()
-        if len(raw) > LARGEST:
-            raise FormatError(f"{path.name} has {len(raw):,} bytes; that is no architecture")
         table = msgspec.toml.decode(raw)
-    except OSError as e:
-        raise Refusal(f"cannot read the architecture {path}: {e.strerror or e}") from None
     except (msgspec.DecodeError, ValueError, RecursionError) as e:
         raise FormatError(f"{path.name} is not TOML: {str(e).splitlines()[0]}") from None
     table = {"name": path.stem, **table}

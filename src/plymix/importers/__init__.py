@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from plymix import recipe as recipes
+from plymix import texts
 from plymix.errors import Refusal, unknown
 from plymix.importers import a1111, comfyui, mbw_gui, model_mixer, supermerger
 from plymix.importers.base import Imported, Record
@@ -74,10 +75,7 @@ def import_recipe(
 
         with open_model(path) as source:
             return _from_metadata(dict(source.metadata), path.name, kind, files)
-    try:
-        return _from_text(path.read_text("utf-8-sig"), path.name, kind, files, entry)
-    except (OSError, UnicodeDecodeError) as e:
-        raise Refusal(f"cannot read {path}: {e}") from None
+    return _from_text(texts.text(path, "the record"), path.name, kind, files, entry)
 
 
 def _from_metadata(

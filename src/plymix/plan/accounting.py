@@ -26,8 +26,10 @@ class Planner(Making):
         self._nothing_matched(tensors)
         if self.strict and any(unmatched.values()):
             worst = {k: v for k, v in unmatched.items() if v}
-            text = "; ".join(f"{listed(v)} only in {k}" for k, v in worst.items())
-            raise Refusal(f"--strict: {sum(map(len, worst.values()))} keys do not match: {text}")
+            labels = {i.name: i.label for i in self.inputs}
+            text = "; ".join(f"{listed(v)} only in {labels[k]}" for k, v in worst.items())
+            found = amount(sum(map(len, worst.values())), "key")
+            raise Refusal(f"--strict: {found} without a partner: {text}")
         return Plan(
             recipe=recipe,
             inputs=tuple(self.inputs),

@@ -16,6 +16,7 @@ from plymix.expr import (
     folded,
     positional,
 )
+from plymix.plan.values import ANY
 from plymix.recipe import Step
 from plymix.registry import Method, Param, get_method
 
@@ -49,8 +50,12 @@ class Settings:
 
         def resolve(value: Any, param: Param, field: str) -> weights.Resolved:
             one = replace(param, type=float)
+            weight = weights.from_toml(value, field=field, blocks=view.blocks)
+            whole = weight.blocks if isinstance(weight, weights.Blocks) else weight
+            if view.blocks == (ANY,) and isinstance(whole, (str, weights.Curve)):
+                raise Refusal(f"{field} = {value!r}: arch any knows no blocks; give one number")
             found = weights.resolve(
-                weights.from_toml(value, field=field, blocks=view.blocks),
+                weight,
                 view.blocks,
                 arch_title=title,
                 field=field,
