@@ -582,11 +582,18 @@ def test_refusals(tmp_path, files, name, options, said):
     assert time.monotonic() - began < 5
 
 
-def test_a_layout_of_what_has_no_table(tmp_path):
+def test_a_refiner_is_a_folder_too(tmp_path):
     file = tiny.write(tmp_path / "r.safetensors", "sdxl-refiner")
-    with pytest.raises(Refusal, match=r"not know|know the configuration|give a diffusers folder"):
-        plymix.convert(file, tmp_path / "folder")
-    assert [p.name for p in tmp_path.iterdir()] == ["r.safetensors"]
+    plymix.convert(file, tmp_path / "folder")
+    index = json.loads((tmp_path / "folder" / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionXLImg2ImgPipeline"
+    there = {name for name, of in index.items() if isinstance(of, list) and of[0]}
+    assert there == {"unet", "vae", "text_encoder_2", "tokenizer_2", "scheduler"}
+    plymix.convert(tmp_path / "folder", tmp_path / "back.safetensors")
+    was, back = data(file), data(tmp_path / "back.safetensors")
+    assert {key for key in was if back.get(key) != was[key]} == {
+        key for key in was if key.endswith("logit_scale")
+    }
 
 
 @pytest.mark.parametrize("out", ["folder", "file.safetensors"])

@@ -22,7 +22,7 @@ import msgspec
 
 from plymix.archs.dialects import Shapes
 from plymix.archs.model import Architecture, decode
-from plymix.errors import Refusal
+from plymix.errors import Refusal, listed
 
 VERSION = "0.42.0"
 """The version of diffusers whose configurations these are."""
@@ -37,14 +37,15 @@ Config = dict[str, Any]
 class Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the shapes do not say of one architecture.
 
-    `pipeline` and `classes` are names of classes, "" the one of all variants; `config` has values
+    `pipeline` and `classes` are names of classes, "" the one of all variants; without a pipeline
+    only components alone are known; `config` has values
     by component, `v` those that a model that predicts v has instead; `tokenizers` are the classes
     of each text encoder's tokenizer; `index` goes into model_index.json.
     """
 
-    pipeline: dict[str, str]
-    scheduler: dict[str, dict[str, Any]]
     classes: dict[str, str]
+    pipeline: dict[str, str] = {}
+    scheduler: dict[str, dict[str, Any]] = {}
     tokenizers: dict[str, str] = {}
     config: dict[str, dict[str, Any]] = {}
     v: dict[str, dict[str, Any]] = {}
@@ -73,8 +74,8 @@ def component(arch: Architecture, name: str, shapes: Shapes, prediction: str = "
     facts = _facts(arch)
     if name not in facts.classes:
         raise Refusal(
-            f"plymix does not know the configuration of {name!r} of {arch.short}: give a diffusers"
-            " folder that has it by --configs"
+            f"plymix does not know the configuration of {name!r} of {arch.short}: name a diffusers"
+            f" folder of a {arch.short} model that has {name}/config.json, by --configs FOLDER"
         )
     kind = facts.classes[name]
     found = _READERS[kind](_Shapes(arch, name, shapes))
@@ -87,6 +88,11 @@ def component(arch: Architecture, name: str, shapes: Shapes, prediction: str = "
 def pipeline(arch: Architecture, variant: str, components: list[str]) -> Config:
     """`model_index.json` of a folder that has these components."""
     facts = _facts(arch)
+    if not facts.pipeline:
+        raise Refusal(
+            f"plymix does not know the pipeline of {arch.short}, only {listed(facts.classes)}: give"
+            " a diffusers folder of such a model by --configs, or take a component alone (extract)"
+        )
     found: Config = {
         "_class_name": facts.pipeline.get(variant, facts.pipeline[""]),
         "_diffusers_version": VERSION,
@@ -139,8 +145,9 @@ def _facts(arch: Architecture) -> Facts:
     facts = _all().get(arch.name)
     if facts is None:
         raise Refusal(
-            f"plymix does not know diffusers' configurations of {arch.short}: give a diffusers"
-            " folder of such a model by --configs, and its configurations are used"
+            f"the shapes of {arch.short} models do not tell their configurations in diffusers: name"
+            " a diffusers folder of such a model by --configs FOLDER, and its are used; or write a"
+            " .safetensors"
         )
     return facts
 
@@ -200,7 +207,10 @@ def _unet(s: _Shapes) -> Config:
     attention = [f"down_blocks.{i}.attentions.0.norm.weight" in s for i in levels]
     depths = [_depth(s, f"down_blocks.{i}.", has) for i, has in zip(levels, attention, strict=True)]
     up = [_depth(s, f"up_blocks.{i}.", has) for i, has in enumerate(reversed(attention))]
-    if up != depths[::-1] or _depth(s, "mid_block.", True) != depths[-1]:
+    middle = _depth(s, "mid_block.", True)
+    if up == depths[::-1] and not attention[-1]:
+        up[0] = depths[-1] = middle  # a level without attention has any depth; the middle has this
+    if up != depths[::-1] or middle != depths[-1]:
         raise s.bad("its blocks are not equally deep on both ways and in the middle")
     plain = set(depths) == {1}
     found: Config = {
@@ -352,6 +362,145 @@ def _flux(s: _Shapes) -> Config:
     }
 
 
+def _chroma(s: _Shapes) -> Config:
+    width, channels = s("x_embedder.weight")
+    head = s("transformer_blocks.0.attn.norm_q.weight")[0]
+    hidden, inputs = s("distilled_guidance_layer.in_proj.weight")
+    return {
+        "in_channels": channels,
+        "out_channels": s("proj_out.weight")[0],
+        "patch_size": 1,
+        "num_layers": s.count("transformer_blocks.*."),
+        "num_single_layers": s.count("single_transformer_blocks.*."),
+        "attention_head_dim": head,
+        "num_attention_heads": width // head,
+        "joint_attention_dim": s("context_embedder.weight")[1],
+        "approximator_num_channels": inputs,
+        "approximator_hidden_dim": hidden,
+        "approximator_layers": s.count("distilled_guidance_layer.layers.*."),
+    }
+
+
+def _flux2(s: _Shapes) -> Config:
+    width, channels = s("x_embedder.weight")
+    head = s("transformer_blocks.0.attn.norm_q.weight")[0]
+    return {
+        "in_channels": channels,
+        "out_channels": s("proj_out.weight")[0],
+        "patch_size": 1,
+        "num_layers": s.count("transformer_blocks.*."),
+        "num_single_layers": s.count("single_transformer_blocks.*."),
+        "attention_head_dim": head,
+        "num_attention_heads": width // head,
+        "joint_attention_dim": s("context_embedder.weight")[1],
+        "timestep_guidance_channels": s("time_guidance_embed.timestep_embedder.linear_1.weight")[1],
+        "mlp_ratio": s("transformer_blocks.0.ff.linear_out.weight")[1] / width,
+        "guidance_embeds": "time_guidance_embed.guidance_embedder.linear_1.weight" in s,
+    }
+
+
+def _z_image(s: _Shapes) -> Config:
+    width, inputs = s("all_x_embedder.2-1.weight")
+    head = s("layers.0.attention.norm_q.weight")[0]
+    return {
+        "all_patch_size": [2],
+        "all_f_patch_size": [1],
+        "in_channels": inputs // 4,
+        "dim": width,
+        "n_layers": s.count("layers.*."),
+        "n_refiner_layers": s.count("noise_refiner.*."),
+        "n_heads": width // head,
+        "n_kv_heads": s("layers.0.attention.to_k.weight")[0] // head,
+        "qk_norm": True,
+        "cap_feat_dim": s("cap_embedder.0.weight")[0],
+    }
+
+
+def _lumina2(s: _Shapes) -> Config:
+    width, inputs = s("x_embedder.weight")
+    head = s("layers.0.attn.norm_q.weight")[0]
+    unit = 256  # of the feed-forward width
+    if s("layers.0.feed_forward.linear_1.weight")[0] != -(-4 * width // unit) * unit:
+        raise s.bad("its feed-forward layers are of an unusual width")
+    return {
+        "patch_size": 2,
+        "in_channels": inputs // 4,
+        "out_channels": s("norm_out.linear_2.weight")[0] // 4,
+        "hidden_size": width,
+        "num_layers": s.count("layers.*."),
+        "num_refiner_layers": s.count("noise_refiner.*."),
+        "num_attention_heads": width // head,
+        "num_kv_heads": s("layers.0.attn.to_k.weight")[0] // head,
+        "multiple_of": unit,
+        "cap_feat_dim": s("time_caption_embed.caption_embedder.0.weight")[0],
+    }
+
+
+def _auraflow(s: _Shapes) -> Config:
+    width, inputs = s("pos_embed.proj.weight")
+    head = min(256, width)
+    return {
+        "patch_size": 2,
+        "in_channels": inputs // 4,
+        "out_channels": s("proj_out.weight")[0] // 4,
+        "num_mmdit_layers": s.count("joint_transformer_blocks.*."),
+        "num_single_dit_layers": s.count("single_transformer_blocks.*."),
+        "attention_head_dim": head,
+        "num_attention_heads": width // head,
+        "joint_attention_dim": s("context_embedder.weight")[1],
+        "caption_projection_dim": s("context_embedder.weight")[0],
+        "pos_embed_max_size": s("pos_embed.pos_embed")[1],
+    }
+
+
+def _wan(s: _Shapes) -> Config:
+    width, channels, *patch = s("patch_embedding.weight")
+    head = min(128, width)
+    image = "condition_embedder.image_embedder.norm1.weight"
+    layers = s.count("blocks.*.")
+    found: Config = {
+        "patch_size": patch,
+        "in_channels": channels,
+        "out_channels": s("proj_out.weight")[0] // math.prod(patch),
+        "num_layers": layers,
+        "attention_head_dim": head,
+        "num_attention_heads": width // head,
+        "ffn_dim": s("blocks.0.ffn.net.0.proj.weight")[0],
+        "text_dim": s("condition_embedder.text_embedder.linear_1.weight")[1],
+        "freq_dim": s("condition_embedder.time_embedder.linear_1.weight")[1],
+        "cross_attn_norm": "blocks.0.norm2.weight" in s,
+        "image_dim": s(image)[0] if image in s else None,
+        "added_kv_proj_dim": s("blocks.0.attn2.add_k_proj.weight")[1] if image in s else None,
+    }
+    positions = "condition_embedder.image_embedder.pos_embed"
+    if positions in s:
+        found["pos_embed_seq_len"] = s(positions)[1]
+    if "vace_patch_embedding.weight" in s:
+        hints = s.count("vace_blocks.*.")
+        found["_class_name"] = "WanVACETransformer3DModel"
+        found["vace_in_channels"] = s("vace_patch_embedding.weight")[1]
+        found["vace_layers"] = list(range(0, layers, max(1, layers // hints)))
+        if len(found["vace_layers"]) != hints:
+            raise s.bad(f"its {hints} VACE blocks are not evenly spread over {layers}")
+    return found
+
+
+def _ltx(s: _Shapes) -> Config:
+    width, channels = s("proj_in.weight")
+    heads = 32  # of every model published
+    return {
+        "in_channels": channels,
+        "out_channels": s("proj_out.weight")[0],
+        "patch_size": 1,
+        "patch_size_t": 1,
+        "num_layers": s.count("transformer_blocks.*."),
+        "attention_head_dim": max(1, width // heads),
+        "num_attention_heads": heads,
+        "cross_attention_dim": s("transformer_blocks.0.attn2.to_k.weight")[1],
+        "caption_channels": s("caption_projection.linear_1.weight")[1],
+    }
+
+
 _TRANSFORMERS = {
     "CLIPTextModel": _clip,
     "CLIPTextModelWithProjection": _clip,
@@ -362,5 +511,12 @@ _READERS: dict[str, Callable[[_Shapes], Config]] = {
     "AutoencoderKL": _vae,
     "SD3Transformer2DModel": _sd3,
     "FluxTransformer2DModel": _flux,
+    "Flux2Transformer2DModel": _flux2,
+    "ChromaTransformer2DModel": _chroma,
+    "ZImageTransformer2DModel": _z_image,
+    "Lumina2Transformer2DModel": _lumina2,
+    "AuraFlowTransformer2DModel": _auraflow,
+    "WanTransformer3DModel": _wan,
+    "LTXVideoTransformer3DModel": _ltx,
     **_TRANSFORMERS,
 }
