@@ -106,6 +106,20 @@ def test_one_entry_per_file_and_no_stray_files(tmp_path, cache):
     assert [p.name for p in cache.iterdir()] == ["sha256.json"]
 
 
+def test_the_cache_keeps_the_last_ones(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(hashes, "KEPT", 3)
+    paths = [tmp_path / str(i) for i in range(5)]
+    for i, path in enumerate(paths):
+        path.write_bytes(b"x" * i)
+        hashes.sha256(path)
+    known = [hashes.known_sha256(path) for path in paths]
+    assert known == [None, None, *(hashlib.sha256(b"x" * i).hexdigest() for i in (2, 3, 4))]
+    hashes._remember(hashes._identity(paths[2]), known[2])  # the last one now
+    hashes.sha256(paths[0])
+    known = [hashes.known_sha256(path) is not None for path in paths]
+    assert known == [True, False, True, False, True]
+
+
 def test_many_threads(tmp_path):
     paths = [tmp_path / f"{i}" for i in range(8)]
     for i, path in enumerate(paths):

@@ -18,7 +18,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import plymix
@@ -189,6 +189,7 @@ class TestPrecision:
         assert differ <= (1e-3 if out != "fp32" else 1)
 
     @given(st.lists(st.floats(-0.5, 1.5), min_size=2, max_size=10))
+    @example([0.3, -0.2, 0.9, 1.2, 0.5, 0.25, 0.7, 0.1, 0.05, 1.5, 0.6])
     @settings(max_examples=15, deadline=None)
     def test_a_chain_is_rounded_once(self, tmp_path_factory, alphas):
         """((A + B) + C) + ... in one recipe equals the sum worked out by hand."""
@@ -208,6 +209,23 @@ class TestPrecision:
         differ, ulp = deviation(("F16", got), exact(weights, tensors), "F16")
         assert ulp <= 1
         assert differ <= 2e-3
+
+    def test_a_nest_with_a_method_that_is_not_linear(self, tmp_path):
+        tensors = {n: draw("F32", (37, 41), i) for i, n in enumerate("abcd")}
+        models = {n: str(save(tmp_path / f"{n}.safetensors", {"x": t})) for n, t in tensors.items()}
+        steps = {
+            "mix": {"method": "weighted_sum", "a": "a", "b": "b", "alpha": 0.3},
+            "near": {"method": "nearswap", "a": "mix", "b": "c", "t": 0.4},
+            "end": {"method": "add_difference", "a": "near", "b": "d", "c": "a", "alpha": 0.5},
+        }
+        found = recipes.from_dict({"models": models, "steps": steps, "output": {"arch": "any"}})
+        got = np.frombuffer(result_bytes(found)["x"], "f4").reshape(37, 41)
+        a, b, c, d = (t[1].astype(np.float64) for t in tensors.values())
+        mix = 0.7 * a + 0.3 * b
+        w = np.clip(0.4 / np.abs(mix - c), 0, 1)
+        want = w * c + (1 - w) * mix + 0.5 * (d - a)
+        assert 0.1 < np.mean(w < 1) < 0.9
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-6)
 
 
 # --- 4. Purity ----------------------------------------------------------------------------------
@@ -326,6 +344,33 @@ class TestPurity:
         for alpha in (0.1, "FLAT_75", 0.9):
             merge(sd, tmp_path / "other.safetensors", alpha, force=True)
         self.same(sd, tmp_path, expected)
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def nested(sd):
+        """A recipe of methods of every kind: by elements, whole, by chance, over all keys."""
+        steps = {
+            "mix": {"method": "weighted_sum", "a": "a", "b": "b", "alpha": "GRAD_V"},
+            "wide": {"method": "geometric_sum", "a": "mix", "b": "b", "alpha": 0.2},
+            "cosine": {"method": "cosine_a", "a": "wide", "b": "a", "alpha": 0.1},
+            "thin": {"method": "dare_linear", "base": "a", "models": ["cosine", "b"], "seed": 7},
+            "end": {"method": "ties", "base": "a", "models": ["thin", "b"], "density": 0.4},
+        }
+        models = {n: str(sd / f"{n}.safetensors") for n in "ab"}
+        return recipes.from_dict({"models": models, "steps": steps})
+
+    def test_nested_recipes(self, sd, tmp_path, monkeypatch, nested):
+        def made(**options):
+            plymix.merge(nested, out=tmp_path / "o.safetensors", force=True, **options)
+            return (tmp_path / "o.safetensors").read_bytes()
+
+        expected = made(threads=1)
+        assert made(threads=2) == expected
+        merge(sd, tmp_path / "other.safetensors", 0.7)  # unrelated work
+        for module, name, size in ((work, "SPAN", 4096), (work, "CHUNK", 999)):
+            monkeypatch.setattr(module, name, size)
+        monkeypatch.setattr(worker, "CHUNK", 999)
+        assert made(threads=7) == expected
 
     def test_both_formats_hold_the_same_tensors(self, sd, tmp_path, expected):
         merge(sd, tmp_path / "o.ckpt", self.ALPHA)
@@ -592,6 +637,14 @@ class TestAtomicOutput:
         with pytest.raises(Refusal, match="folder"):
             merge(sd, tmp_path / "o.safetensors", force=True)
 
+    @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes")
+    def test_what_is_no_file_is_not_replaced(self, sd, tmp_path):
+        os.mkfifo(tmp_path / "pipe.safetensors")
+        for out in (tmp_path / "pipe.safetensors", type(tmp_path)(os.devnull)):
+            with pytest.raises(Refusal, match="is a device or a pipe"):
+                merge(sd, out, force=True)
+            assert not out.is_file()
+
     def test_a_read_only_folder(self, sd, tmp_path, monkeypatch):
         folder = tmp_path / "sealed"
         folder.mkdir(mode=0o500)
@@ -731,17 +784,35 @@ class TestBoundedMemory:
     The peak is VmHWM: ru_maxrss would count the process that started this one too.
     """
 
-    @pytest.mark.parametrize(("count", "dtype", "megabytes"), [(2, "F16", 600), (6, "F32", 150)])
-    def test_peak(self, tmp_path, count, dtype, megabytes):
-        files = [big(tmp_path / f"m{i}.safetensors", dtype, megabytes) for i in range(count)]
+    def peak(self, files, folder, code=MEASURE):
+        """In KiB."""
         run = subprocess.run(
-            [sys.executable, "-c", MEASURE, *map(str, files), str(tmp_path / "o.safetensors")],
+            [sys.executable, "-c", code, *map(str, files), str(folder / "o.safetensors")],
             capture_output=True,
             text=True,
         )
-        (tmp_path / "o.safetensors").unlink(missing_ok=True)
+        (folder / "o.safetensors").unlink(missing_ok=True)
         assert run.returncode == 0, run.stderr
-        assert int(run.stdout) <= 64 * 1024
+        return int(run.stdout)
+
+    @pytest.mark.parametrize(
+        ("count", "dtype", "megabytes"), [(2, "F16", 600), (6, "F32", 150), (12, "F16", 80)]
+    )
+    def test_peak(self, tmp_path, count, dtype, megabytes):
+        files = [big(tmp_path / f"m{i}.safetensors", dtype, megabytes) for i in range(count)]
+        assert self.peak(files, tmp_path) <= 64 * 1024
+
+    @pytest.mark.parametrize("method", ["geometric_sum", "dare_linear", "ties"])
+    def test_methods_that_are_not_linear(self, tmp_path, method):
+        """By elements as sums; whole tensors: four times the largest in float32, in one thread."""
+        files = [big(tmp_path / f"m{i}.safetensors", "F16", 60, 2) for i in range(3)]
+        start = MEASURE.index('"mix": {')
+        whole = method != "geometric_sum"
+        step = {"base": "m0", "models": ["m1", "m2"]} if whole else {"a": "m0", "b": "m1"}
+        code = f"""{MEASURE[:start]}"mix": {json.dumps({"method": method, **step})}}},
+    {MEASURE[MEASURE.index('"output"') :]}""".replace("out=out)", "out=out, threads=1)")
+        tensor = 4 * 60_000_000 // 2 // 2  # bytes in float32
+        assert self.peak(files, tmp_path, code) * 1024 <= (64 << 20) + whole * 4 * tensor
 
     def test_shards_cost_no_memory(self, tmp_path):
         files = [big(tmp_path / f"m{i}.safetensors", "F16", 240) for i in range(2)]

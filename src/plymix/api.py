@@ -402,6 +402,8 @@ def output_path(a: PathLike | Recipe | Expression, out: PathLike | None) -> Path
 
 def ready(path: Path, force: bool) -> None:
     """Refuse an output that cannot or should not be written, before any work."""
+    if os.path.exists(path) and not (path.is_file() or path.is_dir()):
+        raise Refusal(f"{path} is a device or a pipe; name a file")
     if path.name in ("", ".."):
         raise Refusal(f"{path} has no name of its own; say which folder or file it is to be")
     if not is_folder_name(path):

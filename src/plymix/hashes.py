@@ -20,6 +20,11 @@ from plymix.errors import Cancelled
 from plymix.formats.base import open_handle
 
 CHUNK = 1 << 18
+
+KEPT = 1000
+"""Files that the cache knows at most, the last ones: it is read whole, into memory that is counted.
+"""
+
 _lock = threading.Lock()
 
 
@@ -124,7 +129,7 @@ def _remember(identity: str, value: str) -> None:
         known = _load()
         path = identity.split("|", 1)[0]
         known = {k: v for k, v in known.items() if k.split("|", 1)[0] != path}
-        known[identity] = value
+        known = {**dict([*known.items()][1 - KEPT :]), identity: value}
         folder = cache_folder()
         try:
             folder.mkdir(parents=True, exist_ok=True)
