@@ -128,19 +128,28 @@ def lokr_cp(shape, seed=0, rank=3):
     return Change(tensors | {"alpha": np.float32(ALPHA)}, lambda w: value)
 
 
-def glora(shape, seed=0, rank=3, old=False):
+def glora(shape, seed=0, rank=3, old=False, core=False):
+    """`core`: of a convolution, with the product b1 b2 in Tucker form."""
     new = draw(seed)
     out, in_, *kernel = shape
-    assert not kernel
-    a1, a2, b1, b2 = new(in_, rank), new(rank, in_), new(out, rank), new(rank, in_)
-    x = dict(zip(("a1", "a2", "b1", "b2"), double(a1, a2, b1, b2), strict=True))
+    ones = [1] * len(kernel)
+    a1, a2 = new(in_, rank, *ones), new(rank, in_, *ones)
+    b1, b2 = new(out, rank, *ones), new(rank, in_, *(ones if core else kernel))
+    x1, x2, y1, y2 = double(a1, a2, b1, b2)
+    a = x1.reshape(in_, rank) @ x2.reshape(rank, in_)
+    b = np.einsum("or,r...->o...", y1.reshape(out, rank), y2)
+    more = {}
+    if core:
+        more["bm.weight"] = new(rank, rank, *kernel)
+        (m,) = double(more["bm.weight"])
+        b = np.einsum("op,pqhw,qi->oihw", y1[..., 0, 0], m, y2[..., 0, 0])
     if old:
         a1, a2, b1, b2 = a2, a1, b2, b1
     tensors = {"a1.weight": a1, "a2.weight": a2, "b1.weight": b1, "b2.weight": b2}
     scale = ALPHA / rank
     return Change(
-        tensors | {"alpha": np.float32(ALPHA)},
-        lambda w: scale * (w @ x["a1"] @ x["a2"] + x["b1"] @ x["b2"]),
+        tensors | more | {"alpha": np.float32(ALPHA)},
+        lambda w: scale * (np.einsum("oi...,ij->oj...", w, a) + b),
     )
 
 
@@ -265,7 +274,8 @@ LINEAR = {
 }
 """Families on the matrix of a linear layer."""
 
-CONV = {name: LINEAR[name] for name in LINEAR if "GLoRA" not in name} | {
+CONV = {name: LINEAR[name] for name in LINEAR if name != "old GLoRA"} | {
+    "GLoRA-CP": lambda s, seed=0: glora(s, seed, core=True),
     "LoCon-CP": locon_cp,
     "LoHa-CP": loha_cp,
     "LoKr-CP": lokr_cp,

@@ -76,3 +76,20 @@ def test_comfyuis_dora_divides_by_the_norms_of_the_unchanged_weight(base, tmp_pa
     after = bake(base, file, tmp_path / "out.safetensors", 0.7, dora="comfyui")
     w = real(load(base)[0][Q]).astype(np.float64)
     np.testing.assert_allclose(real(after[Q]), w + 0.7 * change.delta(w), rtol=2e-6, atol=3e-7)
+
+
+@pytest.mark.parametrize(
+    "end", ["oft_R.weight", "oft_R.default.weight", "boft_R", "ia3_l", "hra_u"]
+)
+def test_pefts_other_methods_are_refused_by_name(end, base, tmp_path):
+    """PEFT's OFT turns one way or the other by a setting that its weights do not tell."""
+    start = "base_model.model.down_blocks.0.attentions.0.transformer_blocks.0.attn1."
+    x, up, down = (np.ones(shape, np.float32) for shape in ((2, 6), (8, 2), (2, 8)))
+    lora_too = {
+        f"{start}to_k.lora_A.weight": ("F32", down),
+        f"{start}to_k.lora_B.weight": ("F32", up),
+    }
+    file = save(tmp_path / "p.safetensors", {f"{start}to_q.{end}": ("F32", x), **lora_too})
+    with pytest.raises(plymix.Refusal, match=r"p.safetensors .*PEFT's own: .*adapter_config.json"):
+        bake(base, file, tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()

@@ -38,6 +38,13 @@ COMMON = {
 
 NUMBERS = ("alpha", "scalar", "on_input")
 
+_PEFT_OTHERS = re.compile(
+    r"(?:^|\.)(oft_[Rr]|boft_[Rs]|ia3_l|vera_lambda_[bd]|hra_u|randlora_lambda|fourierft_spectrum)"
+    r"(?:\.|$)"
+)
+"""Methods of PEFT that are no LoRA. How a weight follows from their numbers stands in their
+configuration, which is not in the file: for OFT even the direction of the rotation does."""
+
 _PEFT_NAME = re.compile(r"(\.lora_(?:[AB]|magnitude_vector))\.[^.]+(\.(?:weight|bias)|)$")
 """PEFT puts the adapter's name ("default") into the keys of files saved without its own saver."""
 
@@ -128,6 +135,12 @@ def _modules(source: Source) -> tuple[tuple[Module, ...], dict[str, tuple[str, .
     others: dict[str, list[str]] = {}
     bases = {key.removesuffix(".on_input") for key in source.tensors if key.endswith(".on_input")}
     for key, info in source.tensors.items():
+        if other := _PEFT_OTHERS.search(key):
+            raise Refusal(
+                f"{source.path.name} holds {other[1]}, a method of PEFT's own: what its numbers do"
+                " stands in adapter_config.json, not in the file; merge it in PEFT, save the model"
+                " and make a LoRA of that (plymix lora extract)"
+            )
         if key.startswith("bundle_emb."):
             others.setdefault("an embedding in the file", []).append(key)
         elif key.endswith(".weight") and key[: -len(".weight")] in bases:  # (IA)^3
