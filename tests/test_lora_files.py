@@ -700,6 +700,37 @@ def test_strict(tmp_path, capsys):
     assert "note: l.safetensors: 1 tensor left out" in err
 
 
+@pytest.mark.parametrize(
+    ("end", "text"),
+    [
+        (":", "'' is no strength; write FILE:0.8"),
+        (":x", "'x' is no strength"),
+        (":nan", "'nan' is no strength"),
+        (":1:2:3", "'1:2:3' is no strength"),
+        ("::", "':' is no strength"),
+        (":1e999", "no number"),
+        (":1e39", "alpha has numbers beyond what F32 can hold"),
+    ],
+)
+def test_what_is_no_strength_is_said(tmp_path, end, text):
+    file = lora_file(tmp_path / "größe mit leer:zeichen.safetensors", changes(1))
+    with pytest.raises(plymix.Refusal) as e:
+        loras.merge([f"{file}{end}"], tmp_path / "o.safetensors")
+    assert text in str(e.value)
+    assert [p.name for p in tmp_path.iterdir()] == [file.name]
+    loras.merge([f"{file}:0.5", str(file)], tmp_path / "o.safetensors")
+    close(deltas(tmp_path / "o.safetensors")[name(Q)], 1.5 * deltas(file)[name(Q)])
+
+
+def test_tags_are_looked_for_in_folders(tmp_path, capsys):
+    (tmp_path / "loras" / "more").mkdir(parents=True)
+    file = lora_file(tmp_path / "loras" / "more" / "l.safetensors", changes(1))
+    out = tmp_path / "o.safetensors"
+    code, _, _ = run(capsys, "lora", "merge", "<lora:l:0.5>", "--lora-dir", tmp_path, "-o", out)
+    assert code == 0
+    close(deltas(out)[name(Q)], 0.5 * deltas(file)[name(Q)])
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_strict_refuses_modules_of_no_known_model(tmp_path, capsys, known):
     more = {f"lora_unet_blob.lora_{end}.weight": draw("F32", shape)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from plymix.adapters.families.dora import Norm
 from plymix.adapters.files import Adapter, Module, read
-from plymix.adapters.names import Names, Target, component
+from plymix.adapters.names import Names, Target, check_once, component
 from plymix.adapters.placing import placed
 from plymix.archs import Architecture
 from plymix.errors import Refusal, amount, listed
@@ -69,8 +69,9 @@ def apply_to(source: Source, index: int, model: Model) -> Applied:
     at: dict[str, list[tuple[Module, Target]]] = {}
     dropped: dict[str, list[str]] = {}
     lost: list[Module] = []
-    for module in adapter.modules:
-        target = names.find(module)
+    targets = [names.find(module) for module in adapter.modules]
+    check_once(source.path.name, zip(adapter.modules, targets, strict=True))
+    for module, target in zip(adapter.modules, targets, strict=True):
         if target is None:
             part = component(model.arch, module)
             if part and not any(_in(model.arch, part, key) for key in model.shapes):

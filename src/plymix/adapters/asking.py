@@ -9,6 +9,8 @@ one number is for both.
 
 from __future__ import annotations
 
+import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +26,8 @@ ENDINGS = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin")
 """Of the files that a tag may mean, the first that is there."""
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.I | re.A)
+Folders = Sequence["str | os.PathLike[str]"]
+
 _TAG = re.compile(r"<(?:lora|lyco):([^<>]+)>")
 _SAMPLING = ("start", "stop", "step", "in", "out", "mid")
 """Fields of tags that tell when a LoRA works while an image is drawn."""
@@ -40,7 +44,7 @@ class Asked:
     rules: tuple[str, ...] = ()
 
 
-def asked(words: Iterable[str], folders: Sequence[str | Path]) -> tuple[Asked, ...]:
+def asked(words: Iterable[str], folders: Folders) -> tuple[Asked, ...]:
     """The LoRAs that words of a command line name. Tags are looked for in `folders`.
 
     Raises Refusal.
@@ -65,11 +69,22 @@ def _word(word: str) -> Asked:
         file, numbers = head, [float(tail), *numbers]
     if not file or file.startswith(":"):
         raise Refusal(f"{word!r} names no LoRA file; write FILE:STRENGTH")
+    if not Path(file).expanduser().exists():
+        head = file
+        while ":" in head:
+            head = head.rpartition(":")[0]
+            if head and Path(head).expanduser().is_file():
+                raise Refusal(
+                    f"{word!r}: {word[len(head) + 1 :]!r} is no strength; write FILE:0.8, or"
+                    " FILE:0.8:0.5 with the text encoder's"
+                )
+    if not all(map(math.isfinite, numbers)):
+        raise Refusal(f"{word!r}: a strength that large is no number")
     strength, te_strength = (*numbers, None, None)[:2]
     return Asked(file, 1.0 if strength is None else strength, te_strength)
 
 
-def _tag(text: str, folders: Sequence[str | Path]) -> Asked:
+def _tag(text: str, folders: Folders) -> Asked:
     """The inside of <lora:...>: a name, up to two numbers, fields."""
     name, *rest = _parts(text)
     numbers = [float(x) for x in rest if _NUMBER.fullmatch(x)]
@@ -116,7 +131,7 @@ def _number(fields: dict[str, str], field: str, default: float, where: str) -> f
     return float(text)
 
 
-def _named(name: str, folders: Sequence[str | Path]) -> str:
+def _named(name: str, folders: Folders) -> str:
     """The file that a tag's name means: NAME.safetensors or the like, in a folder or below it."""
     seen: list[Path] = []
     for folder in map(Path, folders):

@@ -199,6 +199,7 @@ def _module(
     family = _family(parts)
     if family is None or "reshape" in factors:
         return None
+    _check(source, name, family, factors)
     rank = family.rank({n: info.shape for n, info in factors.items()})
     alpha = known.get("alpha") or None  # 0 is LyCORIS' way to say "as the rank"
     numbers = {n: known[n] for n in family.numbers if n in known}
@@ -223,6 +224,27 @@ def _module(
         numbers=numbers,
         keys=tuple(info.name for info in parts.values()),
     )
+
+
+def _check(source: Source, name: str, family: Family, factors: Mapping[str, TensorInfo]) -> None:
+    """Raises FormatError for factors that are no floats, or that cannot be multiplied."""
+    shapes = {n: info.shape for n, info in factors.items() if n != MAGNITUDE}
+    try:
+        fit = all(map(math.prod, shapes.values())) and family.fits(shapes)
+        family.size(shapes)
+    except (IndexError, ValueError):  # too few dimensions
+        fit = False
+    if not fit:
+        sizes = ", ".join(f"{n} {' x '.join(map(str, s)) or 1}" for n, s in shapes.items())
+        raise FormatError(
+            f"{source.path.name}: the factors of {name} make no {family.name} ({sizes}): the file"
+            " is damaged, or no LoRA"
+        )
+    for info in factors.values():
+        if not info.is_float:
+            raise FormatError(
+                f"{source.path.name}: {info.name} is {info.dtype}; the factors of a LoRA are floats"
+            )
 
 
 def _family(parts: Parts) -> Family | None:

@@ -7,7 +7,7 @@ model's own tensors may have are written down, and looked up; see `names.toml`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
@@ -20,6 +20,7 @@ from plymix.archs import Architecture
 from plymix.archs.dialect_tables import tables
 from plymix.archs.dialects import View, shape_of, written
 from plymix.archs.model import shared_facts
+from plymix.errors import Refusal
 
 DIFFUSERS = "diffusers"
 
@@ -90,6 +91,19 @@ class Names:
                 if full.startswith(start) and (target := targets.get(full[len(start) :])):
                     return target
         return self._own.get(full)
+
+
+def check_once(source: str, pairs: Iterable[tuple[Module, Target | None]]) -> None:
+    """Raises Refusal for a file that changes one weight twice, under two names."""
+    seen: dict[tuple[str, tuple[View, ...]], Module] = {}
+    for module, target in pairs:
+        if target is not None and module is not (
+            other := seen.setdefault((target.key, target.views), module)
+        ):
+            raise Refusal(
+                f"{source} changes {target.key} twice, as {other.name} and as {module.name}: two"
+                " adapters are in it; save them apart"
+            )
 
 
 def component(arch: Architecture, module: Module) -> str:

@@ -5,7 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from plymix.cli import screen
-from plymix.cli.options import Dtype, Force, Json, Lbw, Threads, argument, checked_threads, option
+from plymix.cli.options import (
+    Dtype,
+    Force,
+    Json,
+    Lbw,
+    LoraDir,
+    Threads,
+    argument,
+    checked_threads,
+    option,
+)
 
 if TYPE_CHECKING:
     from plymix.loras import Made
@@ -70,6 +80,7 @@ def merge(
     energy: Energy = None,
     size: Size = None,
     lbw: Lbw = "",
+    lora_dir: LoraDir = (),
     to: Spelling = None,
     base: Base = "",
     dtype: Annotated[Dtype, option("Number format of the result.")] = "keep",
@@ -91,6 +102,7 @@ def merge(
     options: dict[str, Any] = {"rank": rank, "energy": energy, "size": size}
     options |= {"to": to or "", "base": base}
     options |= {"lbw": asking.factors(lbw) if lbw else None, "strict": strict, "seed": seed}
+    options |= {"folders": lora_dir or (".",)}
     _run(making.merge, (loras,), output, options, dtype, dry_run, force, threads, json)
 
 

@@ -12,6 +12,7 @@ from plymix.cli.options import (
     Force,
     Json,
     Lbw,
+    LoraDir,
     OnDevice,
     Output,
     Threads,
@@ -31,15 +32,6 @@ EXAMPLES = {
     " -o out.safetensors",
     "lora inspect": "Example:\n  PROG style.safetensors --base base.safetensors",
 }
-
-LoraDir = Annotated[
-    tuple[str, ...],
-    option(
-        "A folder to look for the LoRAs of prompt tags in; repeatable. [default: BASE's, and this]",
-        default=False,
-        metavar="DIR",
-    ),
-]
 
 
 def bake(

@@ -103,6 +103,15 @@ Settings = Annotated[
         metavar="PATH=VALUE",
     ),
 ]
+LoraDir = Annotated[
+    tuple[str, ...],
+    option(
+        "A folder to look for the LoRAs of prompt tags in; repeatable. [default: this one, and that"
+        " of a BASE]",
+        default=False,
+        metavar="DIR",
+    ),
+]
 Lbw = Annotated[
     str,
     option(

@@ -59,6 +59,10 @@ class Worker:
         self._held = 0  # elements of the factors in `_changes`
 
     def run(self, item: SumItem | ChunkItem | WholeItem) -> None:
+        with np.errstate(all="ignore"):  # infinities and NaN of the result are counted and told
+            self._run(item)
+
+    def _run(self, item: SumItem | ChunkItem | WholeItem) -> None:
         match item:
             case SumItem() if self.job.device == "cpu":
                 self._sum(item)

@@ -82,7 +82,7 @@ def _from_metadata(
     metadata: Mapping[str, Any], where: str, kind: str | None, files: Mapping[str, str]
 ) -> Imported:
     """What a result's metadata says, plymix's own record first."""
-    if recipes.METADATA_KEY in metadata and kind is None:
+    if kind is None and metadata.keys() & {recipes.METADATA_KEY, recipes.LORA_KEY}:
         return Imported(recipes.from_metadata(metadata, where))
     said = _parsed(metadata.get("sd_merge_recipe"))
     if isinstance(said, dict) and kind != "comfyui":

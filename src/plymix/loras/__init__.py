@@ -85,6 +85,7 @@ def merge(
     energy: float | None = None,
     size: int | str | None = None,
     lbw: Any = None,
+    folders: Sequence[PathLike] = (".",),
     base: PathLike = "",
     to: str = "",
     dtype: str = "keep",
@@ -98,18 +99,19 @@ def merge(
     """Write the LoRA whose change is the sum of the changes of `loras`, each times its strength.
 
     `loras` are files with strengths, "style.safetensors:0.7" or with the text encoder's
-    "style.safetensors:0.7:0.5", or tags as in prompts. The sum is exact, its factors side by side,
-    unless a `rank` is given, the share of `energy` to keep in each module (0.99), or a file `size`
-    in bytes ("150MB"). `lbw` are block weights as in a bake. `base` is a model whose names count,
-    where plymix does not know the architecture's; `to` the dialect of the result ("kohya",
-    "diffusers", "peft", "comfyui", "lycoris", "kohya-diffusers"), by default the first one's.
+    "style.safetensors:0.7:0.5", or tags as in prompts, which are looked for in `folders`. The sum
+    is exact, its factors side by side, unless a `rank` is given, the share of `energy` to keep in
+    each module (0.99), or a file `size` in bytes ("150MB"). `lbw` are block weights as in a bake.
+    `base` is a model whose names count, where plymix does not know the architecture's; `to` the
+    dialect of the result ("kohya", "diffusers", "peft", "comfyui", "lycoris", "kohya-diffusers"),
+    by default the first one's.
     `strict` refuses files with tensors that are no part of a LoRA, and modules that are in no model
     that plymix knows. Raises Refusal.
     """
     from plymix.adapters import asking
     from plymix.loras.record import Input, Record
 
-    asked = asking.asked(loras, (".",))
+    asked = asking.asked(loras, folders)
     if not asked:
         raise Refusal("no LoRA is named; write plymix lora merge A:0.7 B:0.3 -o OUT")
     if any(one.rules for one in asked):

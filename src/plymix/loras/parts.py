@@ -8,7 +8,7 @@ from typing import Any
 
 from plymix.adapters import Adapter, Module, change, factor
 from plymix.adapters.files import MAGNITUDE
-from plymix.adapters.names import Target, component
+from plymix.adapters.names import Target, check_once, component
 from plymix.adapters.report import block
 from plymix.adapters.spelling import DIALECTS, KOHYA, PEFT, Dialect, Spelt, located, spelt, spoken
 from plymix.adapters.strengths import Strength
@@ -163,15 +163,11 @@ def _terms(
 ) -> Iterator[Term]:
     found = iter(targets)
     for adapter, strength in zip(adapters, strengths, strict=True):
-        for module, target in zip(adapter.modules, found):  # noqa: B905 (targets go on)
+        pairs = list(zip(adapter.modules, found))  # noqa: B905 (targets go on)
+        check_once(adapter.source.path.name, pairs)
+        for module, target in pairs:
             place = _place(module, target, arch)
             weight = strength.of(place) * strength.factor(place) if place else strength.model
-            for info in module.factors.values():
-                if not info.is_float:
-                    raise Refusal(
-                        f"{adapter.source.path.name}: {info.name} is {info.dtype}; the factors of a"
-                        " LoRA are floats"
-                    )
             yield Term(adapter.source, module, target, weight)
 
 
@@ -381,14 +377,27 @@ def _change(group: Sequence[Term], maps: Sequence[_Rows]) -> Change:
         if pair is None:
             d = change(term.source, module) * term.weight
             d = _taken(d.T if map_.swapped else d, map_.rows)
+            finite(d, term.title)
             whole = d if whole is None else whole + d
             continue
         up, down = (pair[1].T, pair[0].T) if map_.swapped else pair
         up = _taken(up, map_.rows)
-        if len(group) == 1 and weight > 0:
+        alone = len(group) == 1 and weight > 0
+        up = up if alone else up * np.float32(weight)
+        finite(up, term.title)
+        finite(down, term.title)
+        if alone:
             return Change(((up, down),), alpha=weight * up.shape[1])
-        found.append((up * np.float32(weight), down))
+        found.append((up, down))
     return Change(tuple(found), whole)
+
+
+def finite(x: Any, what: str) -> None:
+    """Raises Refusal for infinities or NaN in what `what` adds to a weight."""
+    import numpy as np
+
+    if not np.isfinite(x).all():
+        raise Refusal(f"{what}: infinities or NaN in what it adds; see plymix check")
 
 
 def _product(term: Term) -> tuple[Any, Any] | None:

@@ -13,7 +13,7 @@ from plymix.archs import Architecture
 from plymix.errors import Refusal, listed
 from plymix.expr import Leaf
 from plymix.formats.base import Source, TensorInfo
-from plymix.loras.parts import Change, Gathered, Part, widest
+from plymix.loras.parts import Change, Gathered, Part, finite, widest
 
 EMBEDDINGS = (
     "embedding.weight",
@@ -136,4 +136,5 @@ def difference(tuned: Source, after: TensorInfo, base: Source, before: TensorInf
     d: Any = kernels.float32(a, after.dtype)
     del a
     d -= kernels.float32(b, before.dtype)
+    finite(d, f"{after.name} of {tuned.path.name} - {base.path.name}")
     return Change(whole=d.reshape(after.shape[0] if after.shape else 1, -1))

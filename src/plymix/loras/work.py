@@ -202,7 +202,7 @@ def _factored(
         if not d.any():
             return Found(part, "nothing")
         return Found(
-            part, "diff", {"diff": spool.put(d.reshape(part.shape))}, energy=_energy(d, part)
+            part, "diff", {"diff": spool.put(d.reshape(part.shape))}, energy=lowrank.energy(d)
         )
     if policy.exact:
         if lowrank.vanishes(*lowrank.beside(change.products)):
@@ -226,8 +226,6 @@ def _factored(
         f = lowrank.with_energy(_sum(change), policy.energy, most, rng)
     else:
         f = lowrank.leading(_sum(change), rank, rng)
-    if not math.isfinite(f.energy):
-        raise Refusal(f"{part.name}: infinities or NaN in what it changes; see plymix check")
     wanted = lowrank.rank_for(f, policy.energy) if policy.energy else rank
     real = int((f.s > max(floor, NOISE * float(f.s[0]))).sum()) if len(f.s) and f.s[0] > 0 else 0
     k = min(wanted, real)
@@ -248,13 +246,6 @@ def _sum(change: Change) -> Any:
     return d
 
 
-def _energy(d: Any, part: Part) -> float:
-    found = lowrank.energy(d)
-    if not math.isfinite(found):
-        raise Refusal(f"{part.name}: infinities or NaN in what it changes; see plymix check")
-    return found
-
-
 def _kronecker(part: Part, d: Any, policy: Policy, spool: Spool, rng: Any) -> Found:
     """LoKr: the nearest Kronecker product; its larger factor is a product where a rank is said."""
     kernel = math.prod(part.shape[2:])
@@ -262,7 +253,6 @@ def _kronecker(part: Part, d: Any, policy: Policy, spool: Spool, rng: Any) -> Fo
     w1, w2, energy = lowrank.nearest_kronecker(d, (p, q), rng)
     if energy == 0:
         return Found(part, "nothing")
-    _energy(d, part)
     kept = lowrank.energy(w1) * lowrank.energy(w2)
     shape = (part.shape[0] // p, part.shape[1] // q, *part.shape[2:])
     rank = policy.rank_of(part)
@@ -339,7 +329,7 @@ def _pieces(f: Found, spool: Spool, how: Dialect, dtype: str) -> Iterator[Piece]
     def number(end: str, value: float) -> Piece:
         if end == ".on_input":
             return piece(end, (), lambda: np.array(int(value), np.uint8), "U8")
-        return piece(end, (), lambda: np.array(value, np.float32), "F32")
+        return piece(end, (), lambda: np.array(value), "F32")
 
     if f.kind == "kept":
         for kept in part.kept:
@@ -421,13 +411,16 @@ def _encoded(piece: Piece) -> Any:
     x = np.ascontiguousarray(piece.array())
     if piece.entry.dtype == "U8":
         return x.data
-    flat = x.reshape(-1).astype(np.float32, copy=False)
+    with np.errstate(over="ignore"):
+        flat = x.reshape(-1).astype(np.float32, copy=False)
     out = np.empty(flat.size, kernels.NUMPY[piece.entry.dtype])
     kernels.best_backend().narrow(flat, piece.entry.dtype, out)
     if kernels.nonfinite(out.data, piece.entry.dtype):
+        if not np.isfinite(x).all():
+            raise Refusal(f"{piece.entry.name} holds infinities or NaN; see plymix check")
+        hint = "; say --dtype bf16 or fp32" if piece.entry.dtype == "F16" else ""
         raise Refusal(
-            f"{piece.entry.name} has numbers beyond what {piece.entry.dtype} can hold; say --dtype"
-            " bf16 or fp32"
+            f"{piece.entry.name} has numbers beyond what {piece.entry.dtype} can hold{hint}"
         )
     return out.data
 

@@ -36,8 +36,9 @@ class Family:
 
     `suffixes` are the ends of its tensors' keys and the factor each is; a factor "bias x" is the
     factor x of a change of the module's bias. From the factors' shapes `holds` tells whether they
-    are complete and of this family, `size` the changed weight's size, and `rank` the family's rank,
-    which is 0 where alpha does not scale the change (`alpha / rank`). `numbers` are the factors of
+    are complete and of this family, `fits` whether they can be multiplied, `size` the changed
+    weight's size, and `rank` the family's rank, which is 0 where alpha does not scale the change
+    (`alpha / rank`). `numbers` are the factors of
     one element that `function` takes as Python numbers. `product` gives the two matrices that the
     change is the product of, for a family where it is: several such changes are one product.
     """
@@ -48,9 +49,15 @@ class Family:
     function: Callable[..., Any]
     size: Callable[[Shapes], Size]
     rank: Callable[[Shapes], int]
+    fits: Callable[[Shapes], bool] = lambda shapes: True
     on_weight: bool = False
     numbers: tuple[str, ...] = ()
     product: Callable[..., tuple[Array, Array]] | None = None
+
+
+def meet(rank: int, down: Shape, mid: Shape | None = None) -> bool:
+    """Whether (out, rank), a core (p, q, ...) if there is one, and (q, ...) are a product."""
+    return rank == down[0] if mid is None else (rank, down[0]) == mid[:2]
 
 
 _MODULES = ("lora", "loha", "lokr", "glora", "oft", "ia3", "full")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from plymix.adapters.families import Family, Shapes, Size
+from plymix.adapters.families import Family, Shapes, Size, meet
 from plymix.adapters.families.lora import core
 from plymix.methods import Array
 from plymix.methods.arrays import as_rows, namespace
@@ -41,6 +41,12 @@ def size(shapes: Shapes) -> Size:
     return b1[0], math.prod((*b2[1:], *shapes.get("bm", ())[2:]))
 
 
+def fits(shapes: Shapes) -> bool:
+    pairs = [(shapes[f"{x}1"], shapes[f"{x}2"]) for x in "ab"]
+    (a1, a2), (b1, b2) = (p[::-1] for p in pairs) if _old(shapes["a1"]) else pairs
+    return meet(a1[1], a2) and a1[0] == a2[1] and meet(b1[1], b2, shapes.get("bm"))
+
+
 FAMILIES = (
     Family(
         name="GLoRA",
@@ -49,6 +55,7 @@ FAMILIES = (
         function=glora,
         size=size,
         rank=lambda shapes: min(shapes["a1"][:2]),
+        fits=fits,
         on_weight=True,
     ),
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from plymix.adapters.families import Family, Rows, Shapes, Size
+import math
+
+from plymix.adapters.families import Family, Rows, Shapes, Size, meet
 from plymix.adapters.families.lora import core
 from plymix.methods import Array
 from plymix.methods.arrays import as_rows
@@ -33,11 +35,20 @@ def _pair(a: Array, b: Array, t: Array | None) -> tuple[Array, Array]:
 
 
 def size(shapes: Shapes) -> Size:
-    cored = "t1" in shapes
-    columns = 1
-    for n in (*shapes["w1_b"][1:], *(shapes["t1"][2:] if cored else ())):
-        columns *= n
-    return shapes["w1_a"][1 if cored else 0], columns
+    return _size(shapes, "1")
+
+
+def _size(shapes: Shapes, i: str) -> Size:
+    core = shapes.get(f"t{i}")
+    columns = math.prod((*shapes[f"w{i}_b"][1:], *(core[2:] if core else ())))
+    return shapes[f"w{i}_a"][1 if core else 0], columns
+
+
+def fits(shapes: Shapes) -> bool:
+    cores = {i: shapes.get(f"t{i}") for i in "12"}
+    ranks = {i: shapes[f"w{i}_a"][0 if core else 1] for i, core in cores.items()}
+    both = all(meet(ranks[i], shapes[f"w{i}_b"], core) for i, core in cores.items())
+    return both and _size(shapes, "1") == _size(shapes, "2")
 
 
 FAMILIES = (
@@ -55,5 +66,6 @@ FAMILIES = (
         function=loha,
         size=size,
         rank=lambda shapes: shapes["w1_b"][0],
+        fits=fits,
     ),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from plymix.adapters.families import Family, Rows, Shapes, Size
+from plymix.adapters.families import Family, Rows, Shapes, Size, meet
 from plymix.adapters.families.lora import core
 from plymix.methods import Array
 from plymix.methods.arrays import as_rows, namespace
@@ -70,6 +70,15 @@ def _whole(name: str, shapes: Shapes) -> bool:
     return name in shapes or {f"{name}_a", f"{name}_b"} <= shapes.keys()
 
 
+def fits(shapes: Shapes) -> bool:
+    for name, mid in (("w1", None), ("w2", shapes.get("t2"))):
+        if name not in shapes:
+            rank = shapes[f"{name}_a"][0 if mid else 1]
+            if not meet(rank, shapes[f"{name}_b"], mid):
+                return False
+    return True
+
+
 def rank(shapes: Shapes) -> int:
     return next((shapes[b][0] for b in ("w2_b", "w1_b") if b in shapes), 0)
 
@@ -90,5 +99,6 @@ FAMILIES = (
         function=lokr,
         size=size,
         rank=rank,
+        fits=fits,
     ),
 )

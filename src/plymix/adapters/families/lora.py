@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from plymix.adapters.families import Family, Rows, Shapes, Size
+from plymix.adapters.families import Family, Rows, Shapes, Size, meet
 from plymix.methods import Array
 from plymix.methods.arrays import as_rows, namespace
 
@@ -65,6 +65,7 @@ FAMILIES = (
         function=lora,
         size=size,
         rank=lambda shapes: shapes["down"][0],
+        fits=lambda shapes: meet(shapes["up"][1], shapes["down"], shapes.get("mid")),
         product=product,
     ),
 )

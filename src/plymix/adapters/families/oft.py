@@ -88,6 +88,7 @@ def _family(function: Callable[..., Array], ndim: int) -> Family:
         function=function,
         size=size,
         rank=lambda shapes: 0,
+        fits=lambda shapes: shapes["blocks"][-1] == shapes["blocks"][-2],
         on_weight=True,
         numbers=("constraint",),
     )
