@@ -23,7 +23,7 @@ import numpy as np
 
 from plymix import engine, kernels
 from plymix.cache import cache_folder
-from plymix.errors import Refusal
+from plymix.errors import Refusal, amount
 from plymix.formats.base import Handle
 from plymix.plan import available_cpus
 
@@ -64,7 +64,7 @@ def rows(folder: Path | None = None) -> Iterator[Row]:
     """The rows of `doctor`, each as soon as it is known."""
     yield from _versions()
     yield Row("system", f"{platform.system()} {platform.release()} ({platform.machine()})")
-    yield Row("processor", f"{_processor()}; plymix uses {available_cpus()} threads")
+    yield Row("processor", f"{_processor()}; plymix uses {amount(available_cpus(), 'thread')}")
     yield from _kernels()
     yield from _calls()
     yield from _memory()
