@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import plymix
 import tiny
 from plymix import health
 from plymix.errors import Cancelled, Refusal
@@ -217,6 +218,19 @@ def test_nan_position_ids_are_wrong_and_not_reported_twice(tmp_path):
 
 
 # --- damaged and incomplete files ---------------------------------------------------------------
+
+
+def test_a_tensor_under_two_names(tmp_path):
+    header = tiny.header("sd1")
+    key = tiny.UNET + "out.0.bias"
+    header["out.0.bias"] = header[key]
+    path = tiny.write_safetensors(tmp_path / "a.safetensors", header, tiny.state(header))
+    found = check(path)
+    finding = one(found, "twice")
+    assert (finding.severity, set(finding.keys)) == ("error", {key, "out.0.bias"})
+    assert not found.ok
+    with pytest.raises(Refusal, match="twice"):
+        plymix.convert(path, tmp_path / "b.safetensors")
 
 
 @pytest.mark.parametrize("keep", [0, 7, 200, -1])

@@ -280,6 +280,15 @@ def test_a_lone_vae_or_text_encoder_there_and_back(tmp_path, model, component):
     assert {k: x.tobytes() for k, (_, x) in own.items()} == {k: rest[start + k] for k in own}
     plymix.convert(tmp_path / "own.safetensors", tmp_path / "back.safetensors", layout="diffusers")
     assert data(tmp_path / "back.safetensors") == data(file)
+    for prefix in (start, "vae.") if component == "vae" else (start,):  # as in a checkpoint
+        save(tmp_path / "whole.safetensors", {prefix + k: tensor for k, tensor in own.items()})
+        plymix.convert(
+            tmp_path / "whole.safetensors",
+            tmp_path / "back.safetensors",
+            layout="diffusers",
+            force=True,
+        )
+        assert data(tmp_path / "back.safetensors") == data(file)
 
 
 # --- shards

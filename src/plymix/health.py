@@ -41,9 +41,9 @@ Severity = Literal["error", "warning", "note"]
 class Finding(msgspec.Struct, frozen=True):
     """One thing that is wrong with, or should be known of, a file.
 
-    `kind` is "nan", "infinity", "overflow", "zeros", "position_ids", "incomplete", "damaged",
-    "names", "schedules", "prediction", "vae", "buffers" or "unchecked". `text` is a sentence that
-    says what to do. `keys` are all tensors concerned and `elements` how many of their numbers.
+    `kind` is "nan", "infinity", "overflow", "zeros", "position_ids", "incomplete", "twice",
+    "damaged", "names", "schedules", "prediction", "vae", "buffers" or "unchecked". `text` is a
+    sentence that says what to do. `keys` are all tensors concerned and `elements` how many of their numbers.
     """
 
     severity: Severity

@@ -28,12 +28,30 @@ def known_bad(source: Source, paired: Paired) -> Iterator[Finding]:
     arch = paired.detection.arch
     if arch is None or not has_places(paired.detection):
         return
+    yield from _twice(source, arch)
     yield from _lacking(source, paired, arch)
     yield from _half_a_text_encoder(source, paired, arch)
     yield from _old_names(source, arch)
     yield from _schedules(source)
     yield from _predictions(source, arch)
     yield from _vae(source, paired, arch)
+
+
+def _twice(source: Source, arch: Architecture) -> Iterator[Finding]:
+    """Tensors that are there under two names."""
+    keys: dict[str, list[str]] = {}
+    for key in source.tensors:
+        place = arch.place(key)
+        if place:
+            keys.setdefault(place.key, []).append(key)
+    twins = {name: of for name, of in keys.items() if len(of) > 1}
+    if twins:
+        text = (
+            f"{amount(len(twins))} in it twice, by two names:"
+            f" {listed((' and '.join(of) for of in twins.values()), 3)}; programs take one of the"
+            " two: remove the other"
+        )
+        yield Finding("error", "twice", text, tuple(key for of in twins.values() for key in of))
 
 
 def _lacking(source: Source, paired: Paired, arch: Architecture) -> Iterator[Finding]:

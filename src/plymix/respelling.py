@@ -139,16 +139,24 @@ def lone(shapes: Shapes, layout: str) -> tuple[Part, Mapping[str, tuple[View, ..
 
 
 def _own_file(arch: Architecture, component: str, shapes: Shapes) -> dict[str, tuple[View, ...]]:
-    """How diffusers has a file of `component` alone with its own names; {} for what is no such."""
+    """How diffusers has a file of `component` alone with its own names; {} for what is no such.
+
+    They may have before them what they have in a checkpoint.
+    """
     prefix = table_for(arch, DIFFUSERS, component, shapes).prefix
-    full = {prefix + key: shape for key, shape in shapes.items()}
+    keys = {prefix + key: key for key in shapes}
+    for home, *others in (c.prefixes for c in arch.components if c.prefixes):
+        for held in (home, *others) if prefix.startswith(home) else ():
+            if all(key.startswith(held) for key in shapes):
+                keys = {home + key.removeprefix(held): key for key in shapes}
+    full = {name: shapes[key] for name, key in keys.items()}
     found = written(arch, DIFFUSERS, component, full)
     foreign = [name for name, why in found.unpaired.items() if why == NOT_THERE]
     there = {name: shape_of(of, full) for name, of in found.views.items()}
     if foreign or Part(arch, component) not in recognise(there):
         return {}
     return {
-        name: tuple(replace(view, key=view.key.removeprefix(prefix)) for view in of)
+        name: tuple(replace(view, key=keys[view.key]) for view in of)
         for name, of in found.views.items()
     }
 

@@ -58,7 +58,7 @@ def open_folder(path: Path) -> Source:
     folder without a model, FormatError for a damaged one.
     """
     try:
-        return _opened(path)
+        return _opened(path if path.name not in ("", "..") else path.resolve())
     except OSError as e:
         raise Refusal(f"cannot read the folder {path}: {e.strerror or e}") from None
 
