@@ -361,6 +361,23 @@ def test_what_has_no_place_is_left_out_and_named(tmp_path):
         plan.build(recipe({"a": a, "b": b}, arch=""), strict=True)
 
 
+def test_parts_of_a_tensor_that_is_not_whole_are_told(tmp_path):
+    broken = folder(tmp_path / "xl", "sdxl", 1)
+    file = broken / "text_encoder_2" / "model.safetensors"
+    tensors = load(file)[0]
+    attention = "text_model.encoder.layers.3.self_attn."
+    del tensors[f"{attention}q_proj.weight"]
+    save(file, tensors)
+    found = plymix.convert(broken, tmp_path / "o.safetensors")
+    name = "conditioner.embedders.1.model.transformer.resblocks.3.attn.in_proj_weight"
+    assert f"xl: 2 tensors left out: the rest of {name} is not there" in found.notes
+    assert not any("unknown to" in note for note in found.notes)
+    assert name not in load(tmp_path / "o.safetensors")[0]
+    plymix.convert(broken, tmp_path / "again")  # in diffusers' names they stay
+    again = load(tmp_path / "again" / "text_encoder_2" / "model.safetensors")[0]
+    assert again.keys() == tensors.keys()
+
+
 def test_a_component_file_keeps_what_only_it_has(tmp_path, files):
     # The U-Nets of latent consistency models have a tensor more than any checkpoint's.
     there = in_diffusers_names("sd1", weights("sd1", 0))["unet"]

@@ -43,7 +43,8 @@ class Finding(msgspec.Struct, frozen=True):
 
     `kind` is "nan", "infinity", "overflow", "zeros", "position_ids", "incomplete", "twice",
     "damaged", "names", "schedules", "prediction", "vae", "buffers" or "unchecked". `text` is a
-    sentence that says what to do. `keys` are all tensors concerned and `elements` how many of their numbers.
+    sentence that says what to do. `keys` are all tensors concerned and `elements` how many of their
+    numbers.
     """
 
     severity: Severity

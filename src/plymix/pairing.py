@@ -14,7 +14,7 @@ from itertools import accumulate
 from plymix import archs
 from plymix.archs import Architecture, Detection, Place
 from plymix.archs.dialect_tables import tables
-from plymix.archs.dialects import Part, View, Views, canonical, inverse, recognise
+from plymix.archs.dialects import HALF, Part, View, Views, canonical, inverse, recognise
 from plymix.errors import Refusal, listed
 from plymix.expr import Expr, Spelt, elementwise, mapped
 from plymix.formats import sharded
@@ -29,11 +29,12 @@ class Paired:
     """A file's tensors by names that `detection.arch` knows, if there is one.
 
     `dialect` says whose names the file itself has ("": the architecture's own). `unpaired` are its
-    keys without a counterpart, `left_out` those of components that are no part of a checkpoint, by
-    reason. `names` are those in `tensors` by the file's keys (one that is several: its first).
-    `absent` are names (or, with a dot at the end, starts of names) that no file of the dialect has,
-    and why. `spelling` is the way back: each key's views of `tensors`. In a `folder` a key has its
-    component before it: a single file cannot hold them all, since their own names clash.
+    keys without a counterpart; `left_out` are, by reason, those of components that are no part of a
+    checkpoint and those of tensors of which the rest is not there. `names` are those in `tensors` by
+    the file's keys (one that is several: its first). `absent` are names (or, with a dot at the end,
+    starts of names) that no file of the dialect has, and why. `spelling` is the way back: each
+    key's views of `tensors`. In a `folder` a key has its component before it: a single file cannot
+    hold them all, since their own names clash.
     """
 
     detection: Detection
@@ -124,7 +125,11 @@ def _paired(arch: Architecture, groups: Mapping[str, Group]) -> Paired:
         paired.update((name, seen(name, views, group)) for name, views in found.views.items())
         back = inverse(found.views, shapes)
         spelling.update((group[key].name, views) for key, views in back.items())
-        strangers += (group[key].name for key in found.unpaired)
+        for key, why in found.unpaired.items():
+            if why.startswith(HALF):
+                left_out[why] = (*left_out.get(why, ()), group[key].name)
+            else:
+                strangers.append(group[key].name)
         absent.update(found.absent)
     return Paired(
         _detection(arch, paired),

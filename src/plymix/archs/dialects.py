@@ -18,6 +18,9 @@ from plymix.archs.dialect_tables import File, Row, table_for, tables
 from plymix.archs.model import Architecture, load
 from plymix.errors import Refusal
 
+HALF = "the rest of"
+"""How the reason begins for which a part of a tensor is unpaired."""
+
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 
@@ -85,7 +88,7 @@ def canonical(arch: Architecture, dialect: str, component: str, shapes: Shapes) 
         if len(keys) == len(row.parts):
             views[name] = _whole(row, [keys[slot] for slot in range(len(keys))], shapes)
         else:
-            unpaired.update(dict.fromkeys(keys.values(), f"the rest of {name} is not there"))
+            unpaired.update(dict.fromkeys(keys.values(), f"{HALF} {name} is not there"))
     return Pairing(views, unpaired, _absent(table.prefix, table.file, views))
 
 
