@@ -30,9 +30,9 @@ class Paired:
 
     `dialect` says whose names the file itself has ("": the architecture's own). `unpaired` are its
     keys without a counterpart; `left_out` are, by reason, those of components that are no part of a
-    checkpoint and those of tensors of which the rest is not there. `names` are those in `tensors` by
-    the file's keys (one that is several: its first). `absent` are names (or, with a dot at the end,
-    starts of names) that no file of the dialect has, and why. `spelling` is the way back: each
+    checkpoint and those of tensors of which the rest is not there. `names` are those in `tensors`
+    by the file's keys (one that is several: its first). `absent` are names (or, with a dot at the
+    end, starts of names) that no file of the dialect has, and why. `spelling` is the way back: each
     key's views of `tensors`. In a `folder` a key has its component before it: a single file cannot
     hold them all, since their own names clash.
     """
