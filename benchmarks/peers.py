@@ -1,11 +1,12 @@
-"""sd-mecha and mergekit on the methods they share with plymix, for the SD1.5 files.
+"""sd-mecha, mergekit and torch by hand on what they share with plymix.
 
     python benchmarks/peers.py ENVIRONMENT      install both into a virtual environment
 
 Each is run as its users run it: sd-mecha by a script over its Python API (it computes in float32
 and writes float16 by default), mergekit by `mergekit-pytorch`, told to do the same. Where the
 tools define a method differently (DARE's divisor, TIES' vote, DELLA's window) each runs its own.
-sd-mecha's TIES with dropout multiplies by Model Stock's factor unless `apply_stock` is True.
+sd-mecha's TIES with dropout multiplies by Model Stock's factor unless `apply_stock` is True. What
+merges LoRAs into models, kohya's scripts among them, is a script over torch, written out here.
 """
 
 from __future__ import annotations
@@ -19,18 +20,24 @@ from typing import Any
 
 from cases import deltas, step, toml
 
-PEERS = ("sd-mecha", "mergekit")
+PACKAGES = ("sd-mecha", "mergekit")
+PEERS = (*PACKAGES, "torch")
 TORCH = "torch==2.13.0"
 
 
 @dataclass(frozen=True)
 class Shared:
-    """A method that more than one tool has: our recipe, and theirs or "" where there is none."""
+    """A method that more than one tool has: our recipe, and theirs or "" where there is none.
+
+    `group` names the files it needs; `torch` is a whole script.
+    """
 
     name: str
     recipe: str
     mecha: str = ""
     kit: str = ""
+    torch: str = ""
+    group: str = "sd1"
 
     def line(self, tool: str) -> str:
         """The command of a tool, "" where it does not have the method."""
@@ -38,6 +45,7 @@ class Shared:
             "plymix": f"plymix run {self.name}.toml -o out.safetensors",
             "sd-mecha": f"python {self.name}.py" if self.mecha else "",
             "mergekit": f"mergekit-pytorch {self.name}.yaml out" if self.kit else "",
+            "torch": f"python {self.name}-torch.py" if self.torch else "",
         }[tool]
 
     @property
@@ -49,7 +57,8 @@ class Shared:
             f'sd_mecha.merge({self.mecha}, output="out.safetensors")\n'
         )
         found = {"toml": self.recipe, "py": self.mecha and script, "yaml": self.kit}
-        return {f"{self.name}.{suffix}": text for suffix, text in found.items() if text}
+        texts = {f"{self.name}.{suffix}": text for suffix, text in found.items() if text}
+        return texts | ({f"{self.name}-torch.py": self.torch} if self.torch else {})
 
 
 def kit(method: str, models: Mapping[str, Mapping[str, Any]], base: str = "", **params: Any) -> str:
@@ -99,6 +108,32 @@ _rest = [round(1 - v, 10) for v in GRADIENT]
 _blocks = {"BASE": 0.0, **dict(zip(BLOCKS, _rest, strict=True))}
 _three: dict[str, Any] = {"mix": {"method": "n_average", "models": ["a", "b", "c"]}}
 _karcher: dict[str, Any] = {"mix": {"method": "karcher", "models": ["a", "b", "c"]}}
+
+_strengths = {f"lora-{i}": s for i, s in (("1", 0.8), ("2", 0.5), ("3", -0.3))}
+_bake: dict[str, Any] = {
+    "method": "lora", "model": "xl-a", "loras": [*_strengths], "strength": [*_strengths.values()]
+}  # fmt: skip
+_BY_HAND = f"""import torch
+from safetensors.torch import load_file, save_file
+
+model = load_file("xl-a.safetensors")
+keys = {{
+    "lora_unet_" + key.split("diffusion_model.", 1)[1][: -len(".weight")].replace(".", "_"): key
+    for key in model
+    if "diffusion_model." in key and key.endswith(".weight")
+}}
+for name, strength in {_strengths}.items():
+    lora = load_file(name + ".safetensors")
+    for up in [key for key in lora if key.endswith(".lora_up.weight")]:
+        module = up.removesuffix(".lora_up.weight")
+        down = lora[module + ".lora_down.weight"].float()
+        scale = float(lora.get(module + ".alpha", len(down))) / len(down)
+        w = model[keys[module]]
+        change = lora[up].float() @ down
+        model[keys[module]] = (w.float() + strength * scale * change).to(w.dtype)
+save_file(model, "out.safetensors")
+"""
+"""One LoRA after the other in float32, rounded each time: kohya's way."""
 
 SHARED: tuple[Shared, ...] = (
     Shared(
@@ -208,6 +243,12 @@ SHARED: tuple[Shared, ...] = (
         toml("abc", step("add_perpendicular", "abc", alpha=0.7)),
         "sd_mecha.add_perpendicular(a, b, c, alpha=0.7)",
     ),
+    Shared(
+        "lora_bake",
+        toml({n: f"{n}.safetensors" for n in ("xl-a", *_strengths)}, {"mix": _bake}),
+        torch=_BY_HAND,
+        group="loras",
+    ),
 )
 
 
@@ -220,9 +261,9 @@ def install(env: Path) -> str:
         # This torch first, so that a build for the processor is taken where the index has one.
         if subprocess.run([*pip, TORCH], check=False).returncode:
             subprocess.run([*pip, "torch"], check=True)
-        subprocess.run([*pip, *PEERS], check=True)
+        subprocess.run([*pip, *PACKAGES], check=True)
     ask = "from importlib.metadata import version as v\nfor n in {}: print(n, v(n), end=', ')"
-    names = [*PEERS, "torch"]
+    names = [*PACKAGES, "torch"]
     said = subprocess.run([python, "-c", ask.format(names)], check=True, stdout=subprocess.PIPE)
     return said.stdout.decode().strip(", ")
 

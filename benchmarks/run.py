@@ -2,14 +2,14 @@
 
     python benchmarks/run.py                      every case of every group
     python benchmarks/run.py --only ckpt,chain    some groups or cases
-    python benchmarks/run.py --only peers         sd-mecha and mergekit beside plymix
+    python benchmarks/run.py --only peers         sd-mecha, mergekit, torch beside plymix
     python benchmarks/run.py --only peers,ties    the same, for some methods
     python benchmarks/run.py --peers              everything
     python benchmarks/run.py --quick              small files, one run: does it all work?
 
 Groups: sd1 (8.5 GB of files), ckpt (8.5 GB), sdxl (14 GB), flux (holes; results of 24 GB), loras
-(8 GB), peers (the files of sd1). The files are made in a temporary folder, group by group, and
-removed; with --folder they stay there and are used again.
+(8 GB), peers (the files of sd1 and loras). The files are made in a temporary folder, group by
+group, and removed; with --folder they stay there and are used again.
 
 Each case runs as a whole process in turn with its yardstick (A B A B ...), over files in the page
 cache, the first pair left out; results are removed and the disk is left to finish before each run.
@@ -85,8 +85,10 @@ def measured(args: argparse.Namespace, folder: Path) -> int:
     wanted = [c for c in CASES if not args.only or {c.name, c.group} & {*args.only}]
     groups = list(dict.fromkeys(c.group for c in wanted))
     with_peers = args.peers or PEER_GROUP in args.only
-    if with_peers and "sd1" not in groups:
-        groups.insert(0, "sd1")
+    some = [s for s in peers.SHARED if s.name in args.only]
+    methods = (some or peers.SHARED) if with_peers else ()
+    beside: dict[peers.Shared, Mapping[str, Sequence[Usage]]] = {}
+    groups += [g for g in dict.fromkeys(s.group for s in methods) if g not in groups]
     small = ["--small"] * args.quick
     for together in [groups] if args.folder else [[g] for g in groups]:
         make(folder, [*together, *small, "--check"])
@@ -101,14 +103,16 @@ def measured(args: argparse.Namespace, folder: Path) -> int:
             about = machine.describe(folder)
             whole = len(rows) == sum(c.group == group for c in CASES)
             publish(group, report.section(rows, about), write=whole and not args.show)
-        if group == "sd1" and with_peers:
-            rounds = 1 if args.quick else args.peer_runs
-            some = [s for s in peers.SHARED if s.name in args.only]
-            methods, show = some or peers.SHARED, args.show or bool(some)
-            failed |= beside_peers(folder, methods, rounds, show=show)
+        if mine := [s for s in methods if s.group == group]:
+            beside |= beside_peers(folder, mine, 1 if args.quick else args.peer_runs)
         if not args.folder:
             for name in [*FILES[group][2], *TWELVE.values()]:
                 (folder / name).unlink(missing_ok=True)
+    if beside:
+        about = f"{machine.describe(folder)}, {peers.install(folder / PEER_GROUP)}"
+        text = report.peer_section(beside, about)
+        publish(PEER_GROUP, text, write=not (args.show or some))
+        failed |= any(report.failure(runs["plymix"]) for runs in beside.values())
     return int(failed)
 
 
@@ -159,10 +163,12 @@ def row_of(case: Case, folder: Path, count: int) -> Row:
     return Row(case, usages, *others)
 
 
-def beside_peers(folder: Path, methods: Sequence[peers.Shared], count: int, *, show: bool) -> bool:
-    """Measure these methods with all tools in turn; whether plymix failed on one."""
-    env = folder / "peers"
-    versions = peers.install(env)
+def beside_peers(
+    folder: Path, methods: Sequence[peers.Shared], count: int
+) -> dict[peers.Shared, Mapping[str, Sequence[Usage]]]:
+    """Measure these methods with all tools in turn."""
+    env = folder / PEER_GROUP
+    peers.install(env)
     bins = {"plymix": Path(sys.executable).parent, **dict.fromkeys(peers.PEERS, env / "bin")}
     rows: dict[peers.Shared, Mapping[str, Sequence[Usage]]] = {}
     for shared in methods:
@@ -177,9 +183,7 @@ def beside_peers(folder: Path, methods: Sequence[peers.Shared], count: int, *, s
             for tool, line in lines.items()
         ]
         rows[shared] = dict(zip(lines, measure.rounds(runs, count, warmup=0), strict=True))
-    about = f"{machine.describe(folder)}, {versions}"
-    publish(PEER_GROUP, report.peer_section(rows, about), write=not show)
-    return any(report.failure(runs["plymix"]) for runs in rows.values())
+    return rows
 
 
 def shown(label: str, run: Callable[[], Usage]) -> Callable[[], Usage]:

@@ -113,9 +113,9 @@ def test_a_row_beside_the_peers():
         "mergekit": [usage(1, error="no")],
     }
     assert report.peer_cells(shared, runs) == [
-        "ties", "2.00, 50 MiB", "30.0, 900 MiB", "15.0 ×", "failed: no", "",
+        "ties", "2.00, 50 MiB", "30.0, 900 MiB", "15.0 ×", "failed: no", "", "–", "",
     ]  # fmt: skip
-    assert report.peer_cells(shared, {"plymix": [usage(2.0)]})[2:] == ["–", "", "–", ""]
+    assert report.peer_cells(shared, {"plymix": [usage(2.0)]})[2:] == ["–", ""] * 3
 
 
 def test_replacing_a_section():
