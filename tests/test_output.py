@@ -634,6 +634,18 @@ def test_a_shard_is_no_model(tmp_path, files):
     assert "shard" not in plymix.inspect(one).title
 
 
+def test_a_folder_of_parts_is_no_single_file(tmp_path, folders):
+    parts = shutil.copytree(folders["sdxl"], tmp_path / "parts")
+    shutil.rmtree(parts / "unet")
+    with pytest.raises(Refusal, match=r"one file, and parts is a folder of components.*COMPONENT"):
+        plymix.convert(parts, tmp_path / "o.safetensors")
+    plymix.convert(parts / "vae", tmp_path / "vae.safetensors")
+    plymix.convert(parts, tmp_path / "o", dtype="bf16")
+    assert load(tmp_path / "vae.safetensors")[0].keys() == {
+        k for f in (tmp_path / "o" / "vae").glob("*.safetensors") for k in load(f)[0]
+    }
+
+
 def test_configs_are_for_folders(tmp_path):
     tiny.write(tmp_path / "a.safetensors", "sd1")
     with pytest.raises(Refusal, match="--configs is for diffusers folders, and o"):

@@ -203,6 +203,13 @@ class Plan:
                 f"{path.name} is one file and cannot hold {listed(self.components)} by diffusers'"
                 f" names, which clash: name a folder (-o {path.stem}), or say --layout ldm"
             )
+        parts = self.arch is None and MODEL_INDEX in self.base.source.configs
+        if parts and not self.recipe.steps:
+            raise Refusal(
+                f"{path.name} is one file, and {self.base.label} is a folder of components whose"
+                f" model plymix does not know: name a folder (-o {path.stem}), or take a component"
+                f" (plymix convert {self.base.label}/COMPONENT {path.name})"
+            )
         writer = writer_for(path)
         if limit and writer.name != "safetensors":
             raise Refusal(f"shards are .safetensors files; {path.name} is none")
