@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from plymix.cli import screen
 from plymix.cli.options import (
-    Dtype,
     Force,
     Json,
     Lbw,
     LoraDir,
+    OneDtype,
     Threads,
     argument,
-    checked_threads,
     option,
 )
+from plymix.cli.showing import worked
 
 if TYPE_CHECKING:
     from plymix.loras import Made
@@ -83,7 +83,7 @@ def merge(
     lora_dir: LoraDir = (),
     to: Spelling = None,
     base: Base = "",
-    dtype: Annotated[Dtype, option("Number format of the result.")] = "keep",
+    dtype: OneDtype = "keep",
     seed: Seed = 0,
     strict: Strict = False,
     dry_run: Preview = False,
@@ -133,7 +133,7 @@ def extract(
         bool, option("With norms and biases, as whole differences.", default=False)
     ] = False,
     to: Annotated[To, option("Whose spelling.")] = "kohya",
-    dtype: Annotated[Dtype, option("Number format of the result.")] = "keep",
+    dtype: OneDtype = "keep",
     seed: Seed = 0,
     dry_run: Preview = False,
     force: Force = False,
@@ -164,7 +164,7 @@ def resize(
     size: Size = None,
     to: Spelling = None,
     base: Base = "",
-    dtype: Annotated[Dtype, option("Number format of the result.")] = "keep",
+    dtype: OneDtype = "keep",
     seed: Seed = 0,
     strict: Strict = False,
     dry_run: Preview = False,
@@ -191,7 +191,7 @@ def convert(
     to: Annotated[To, option("Whose spelling.", default=False)],
     output: Output = "",
     base: Base = "",
-    dtype: Annotated[Dtype, option("Number format of the result.")] = "keep",
+    dtype: OneDtype = "keep",
     strict: Strict = False,
     dry_run: Preview = False,
     force: Force = False,
@@ -219,19 +219,8 @@ def _run(
     threads: int,
     json: bool,
 ) -> None:
-    with screen.ProgressLine() as progress:
-        made: Made = work(
-            *given,
-            output or None,
-            dtype=dtype,
-            dry_run=dry_run,
-            force=force,
-            threads=checked_threads(threads),
-            progress=progress,
-            **options,
-        )
-    for text in made.notes:
-        screen.note(text)
+    options = {**options, "dtype": dtype}
+    made: Made = worked(work, given, output, dry_run, force, threads, options)
     if json:
         screen.put_json(made.to_dict())
     else:

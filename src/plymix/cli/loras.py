@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from plymix.cli import screen
 from plymix.cli.options import (
     DryRun,
-    Dtype,
     Force,
     Json,
     Lbw,
     LoraDir,
     OnDevice,
+    OneDtype,
     Output,
     Threads,
     argument,
@@ -53,7 +53,7 @@ def bake(
         Literal["trained", "comfyui"],
         option("Whose norms a DoRA divides rows by: the changed or the base weight's."),
     ] = "trained",
-    dtype: Annotated[Dtype, option("Number format of the result.")] = "keep",
+    dtype: OneDtype = "keep",
     strict: Annotated[bool, option("Refuse a LoRA that does not match whole.", default=False)] = (
         False
     ),

@@ -62,6 +62,7 @@ Output = Annotated[
         metavar="FILE",
     ),
 ]
+OneDtype = Annotated[Dtype, option("Number format of the result.")]
 Dtypes = Annotated[
     str,
     option(

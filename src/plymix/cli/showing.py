@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,31 @@ def carry_out(
     for text in result.notes[len(plan.notes) :]:  # what only the work could tell
         screen.note(text)
     return result
+
+
+def worked(
+    work: Callable[..., Any],
+    given: tuple[Any, ...],
+    output: str,
+    dry_run: bool,
+    force: bool,
+    threads: int,
+    options: Mapping[str, Any],
+) -> Any:
+    """What `work` makes of what is `given`, with a progress line; its notes are shown."""
+    with screen.ProgressLine() as progress:
+        found = work(
+            *given,
+            output or None,
+            dry_run=dry_run,
+            force=force,
+            threads=checked_threads(threads),
+            progress=progress,
+            **options,
+        )
+    for text in found.notes:
+        screen.note(text)
+    return found
 
 
 def remarks(plan: Plan) -> Iterator[str]:

@@ -20,7 +20,7 @@ from plymix.cli.options import (
     argument,
     option,
 )
-from plymix.cli.options import checked_threads as checked
+from plymix.cli.showing import worked
 
 if TYPE_CHECKING:
     from plymix.upkeep import Upkeep
@@ -68,7 +68,7 @@ def extract(
 
     options: dict[str, Any] = {"keep_prefix": keep_prefix, "dtype": dtype, "ema": ema}
     options |= {"layout": layout or "", "shard": shard or 0, "configs": configs, "arch": arch}
-    _show(_done(upkeep.extract, file, component, output, dry_run, force, threads, options), json)
+    _show(worked(upkeep.extract, (file, component), output, dry_run, force, threads, options), json)
 
 
 def prune(
@@ -106,7 +106,7 @@ def prune(
 
     options: dict[str, Any] = {"drop": drop, "ema": ema, "dtype": dtype}
     options |= {"layout": layout or "", "shard": shard or 0, "configs": configs, "arch": arch}
-    _show(_done(upkeep.prune, file, None, output, dry_run, force, threads, options), json)
+    _show(worked(upkeep.prune, (file,), output, dry_run, force, threads, options), json)
 
 
 def repair(
@@ -131,37 +131,11 @@ def repair(
     from plymix import upkeep
 
     options = {"shard": shard or 0, "configs": configs, "arch": arch}
-    found = _done(upkeep.repair, file, None, output, dry_run, force, threads, options)
+    found = worked(upkeep.repair, (file,), output, dry_run, force, threads, options)
     if json or found.repairs:
         _show(found, json)
     else:
         screen.put(f"{found.formula}: nothing to repair; nothing was written")
-
-
-def _done(
-    work: Any,
-    file: str,
-    component: str | None,
-    output: str,
-    dry_run: bool,
-    force: bool,
-    threads: int,
-    options: dict[str, Any],
-) -> Upkeep:
-    given = (file,) if component is None else (file, component)
-    with screen.ProgressLine() as progress:
-        found: Upkeep = work(
-            *given,
-            output or None,
-            dry_run=dry_run,
-            force=force,
-            threads=checked(threads),
-            progress=progress,
-            **options,
-        )
-    for text in found.notes:
-        screen.note(text)
-    return found
 
 
 def _show(found: Upkeep, json: bool) -> None:
