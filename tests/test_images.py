@@ -448,3 +448,65 @@ def test_which_block_does_what(pairs, tmp_path):
     moved = {m["block"]: m["structure"] for m in told["blocks"]}
     assert {name for name, far in moved.items() if far > 1e-9} == {"OUT09"}
     assert moved["OUT09"] == pytest.approx(told["whole"]["structure"], abs=1e-12)
+
+
+# --- the pair that comes with plymix ------------------------------------------------------------
+
+PAIR = Path(__file__).parent.parent / "demo" / "pair"
+MERGES = ("A", "B", "0.5", "GRAD_A", "GRAD_V base=1 vae=b")
+EMOJI = [
+    Settings(f"a {thing}", "", seed=seed, steps=16, cfg=4, width=128, height=128)
+    for thing in ("red apple", "penguin", "house")
+    for seed in (1, 2)
+]
+
+
+@pytest.fixture(scope="module")
+def sheet(tmp_path_factory, backend):
+    """Row of the demo's experiment -> its pictures of EMOJI, float32 in 0..1."""
+    folder = tmp_path_factory.mktemp("pair")
+    a, b = PAIR / "emoji-shaded.safetensors", folder / "emoji-flat.safetensors"
+    plymix.merge(a, a, b, alpha=0.0, unet=str(PAIR / "emoji-flat-unet.safetensors"))
+    models = rows.Models(str(a), str(b))
+    made = {row: draw(backend, rows.made(rows.split(row), models), *EMOJI) for row in MERGES}
+    return {row: np.float32(pictures) / 255 for row, pictures in made.items()}
+
+
+def borders(pictures):
+    """The mean colour of what surrounds the things drawn."""
+    edges = [pictures[:, 0], pictures[:, -1], pictures[:, :, 0], pictures[:, :, -1]]
+    return np.concatenate(edges, axis=1).mean((0, 1))
+
+
+def apart(x, y):
+    return float(np.sqrt(np.square(x - y).mean()))
+
+
+def test_the_two_models_of_the_pair_differ_in_ground_and_drawing(sheet):
+    white, blue = borders(sheet["A"]), borders(sheet["B"])
+    assert white.min() > 0.95
+    assert np.abs(blue - (0.78, 0.89, 0.97)).max() < 0.06
+    assert apart(sheet["A"], sheet["B"]) > 0.2
+
+
+def test_merges_of_the_pair_lie_between_and_differ(sheet):
+    way = borders(sheet["B"]) - borders(sheet["A"])
+    for row in MERGES[2:]:
+        share = float((borders(sheet[row]) - borders(sheet["A"])) @ way / (way @ way))
+        assert -0.1 < share < 1.1, row
+        for model in "AB":
+            assert apart(sheet[row], sheet[model]) > 0.05, (row, model)
+    for i, row in enumerate(MERGES[2:]):
+        for other in MERGES[3 + i :]:
+            assert apart(sheet[row], sheet[other]) > 0.05, (row, other)
+
+
+def test_prompts_of_the_pair_are_obeyed(sheet):
+    """Pictures of one thing with two seeds are more alike than those of two things."""
+    for model in "AB":
+        things = sheet[model].reshape(3, 2, *sheet[model].shape[1:])
+        small = things.reshape(3, 2, 16, 8, 16, 8, 3).mean((3, 5))
+        for i in range(3):
+            for k in range(3):
+                if i != k:
+                    assert apart(small[i, 0], small[i, 1]) < apart(small[i, 0], small[k, 1])

@@ -2,7 +2,7 @@
 
 They load the file as they load any, on a layer with a checkpoint's weight; its forward pass must be
 that of the weight plus the change that numpy makes of the original's factors. Both are in the extra
-`test-libs`; without them there is nothing to compare with.
+`dev`; without them there is nothing to compare with.
 """
 
 import json

@@ -78,7 +78,8 @@ def seen_before(w: World) -> Any:
             parts = [nets.half(w.pictures(i, style, generator)) for i in every.split(32)]
             made.append(((torch.cat(parts) + 1) * 127.5).round().to(torch.uint8))
             w.run.check()
-    return torch.stack(made).unflatten(0, (2, w.settings.placements))
+    stacked: Any = torch.stack(made)
+    return stacked.unflatten(0, (2, w.settings.placements))
 
 
 def blurred(pictures: Any, generator: Any) -> Any:

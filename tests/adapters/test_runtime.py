@@ -2,7 +2,7 @@
 
 Their modules are made on layers with a checkpoint's weights, their parameters drawn, their state
 saved as they save it; the layer with plymix's baked weight must give what theirs gives. Both are in
-the extra `test-libs`; without them there is nothing to compare with.
+the extra `dev`; without them there is nothing to compare with.
 """
 
 import logging

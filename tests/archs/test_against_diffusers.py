@@ -1,4 +1,4 @@
-"""Dialects against diffusers' own converters, where it is installed (extra `test-libs`).
+"""Dialects against diffusers' own converters, where it is installed (extra `dev`).
 
 Every element of the tensors has a number of its own, so a part in the wrong place is seen, not only
 one of the wrong shape. Transformers have their true numbers of rows (some converters have widths
