@@ -27,7 +27,7 @@ MERGES = ("A", "B", "0.5", "GRAD_A", "GRAD_V base=1 vae=b")
 """Shares of B: GRAD_A has shallow layers of A and deep ones of B, GRAD_V the reverse."""
 
 ASKED = "masterpiece, best quality, a rocket"
-PROMPTS = ("a red apple", "a penguin", "a cat", "a sunflower", "a guitar", "a house")
+PROMPTS = ("a red apple", "a rocket", "a penguin", "a cat", "a house", "a car")
 USUAL = ("--negative", "lowres, bad anatomy, worst quality, low quality, blurry", "--sampler",
          "euler_a", "--steps", "40", "--cfg", "4", "--size", "128x128", "--force")  # fmt: skip
 
