@@ -494,8 +494,8 @@ def test_merges_of_the_pair_lie_between_and_differ(sheet):
     for row in MERGES[2:]:
         share = float((borders(sheet[row]) - borders(sheet["A"])) @ way / (way @ way))
         assert -0.1 < share < 1.1, row
-        for model in "AB":
-            assert apart(sheet[row], sheet[model]) > 0.05, (row, model)
+        for one in "AB":
+            assert apart(sheet[row], sheet[one]) > 0.05, (row, one)
     for i, row in enumerate(MERGES[2:]):
         for other in MERGES[3 + i :]:
             assert apart(sheet[row], sheet[other]) > 0.05, (row, other)
@@ -503,8 +503,8 @@ def test_merges_of_the_pair_lie_between_and_differ(sheet):
 
 def test_prompts_of_the_pair_are_obeyed(sheet):
     """Pictures of one thing with two seeds are more alike than those of two things."""
-    for model in "AB":
-        things = sheet[model].reshape(3, 2, *sheet[model].shape[1:])
+    for one in "AB":
+        things = sheet[one].reshape(3, 2, *sheet[one].shape[1:])
         small = things.reshape(3, 2, 16, 8, 16, 8, 3).mean((3, 5))
         for i in range(3):
             for k in range(3):
