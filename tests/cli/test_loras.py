@@ -125,7 +125,7 @@ def test_dry_run_and_json_write_what_they_say(folder, capsys):
         (("base.safetensors", "x.safetensors", "--lbw", "1,0,1"), "12, 17, 20, 26"),
         (("base.safetensors", "x.safetensors", "--lbw", "INDD=x"), "is not BLOCK=NUMBER"),
         (("base.safetensors", "x.safetensors", "--lbw", "IN99"), "IN99"),
-        (("base.safetensors", "x.safetensors:much"), "x.safetensors:much does not exist"),
+        (("base.safetensors", "x.safetensors:much"), "'much' is no strength"),
     ],
 )
 def test_what_cannot_be_baked(words, said, folder, capsys):
