@@ -108,14 +108,16 @@ def locked(function: Any) -> Any:
     return call
 
 
-def room(groups: Iterable[str], small: bool) -> int:
-    """Bytes that the files of these groups need together, with one result of the largest."""
-    sizes = [
-        (sum(Entry("", dtype, shape).nbytes for dtype, shape in tensors.values()), group)
-        for group in groups
-        for _, tensors, _ in contents(group, small)
-    ]
-    return sum(n for n, group in sizes if group not in SPARSE) + max(sizes)[0]
+def room(folder: Path, groups: Iterable[str], small: bool) -> int:
+    """Bytes that the files of these groups still need, with one result of the largest."""
+    missing, largest = 0, 0
+    for group in groups:
+        for name, tensors, _ in contents(group, small):
+            size = sum(Entry("", dtype, shape).nbytes for dtype, shape in tensors.values())
+            largest = max(largest, size)
+            if group not in SPARSE and not (folder / name).exists():
+                missing += size
+    return missing + largest
 
 
 def contents(group: str, small: bool) -> Iterable[tuple[str, Header, int]]:
@@ -144,7 +146,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="small shapes, for a trial")
     parser.add_argument("--check", action="store_true", help="only check that there is room")
     args = parser.parse_args()
-    need, free = room(args.groups, args.small), shutil.disk_usage(args.folder).free
+    need, free = room(args.folder, args.groups, args.small), shutil.disk_usage(args.folder).free
     if need > free:
         sys.exit(f"{need / 1e9:.0f} GB needed and {free / 1e9:.0f} GB free: name another --folder")
     if args.check:

@@ -25,7 +25,7 @@ diffusers = pytest.importorskip("diffusers")
 
 from pictures import model  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("default")  # what other libraries deprecate is theirs
+pytestmark = pytest.mark.filterwarnings("ignore")  # what other libraries deprecate is theirs
 
 ARCHS = ("sd1", "sd2", "sdxl")
 CAT = Settings("a cat", "bad", seed=3, steps=2, width=64, height=64)

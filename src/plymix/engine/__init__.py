@@ -57,7 +57,8 @@ COPIED = 1 << 20
 """Bytes read and written at a time where nothing is computed."""
 
 WAITING = 2
-"""Threads more than processors where each waits for the disk to take what it wrote."""
+"""Threads more than processors where each waits for the disk to take what it wrote. Where there is
+more to compute than that, they would only take turns."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def perform(
             job.halt()
 
     count = threads or available_cpus()
-    if not threads and job.target.waits and all(isinstance(w, (CopyItem, SumItem)) for w in work):
+    if not threads and job.target.waits and all(map(_light, work)):
         count += WAITING
     count = min(count, max(1, len(work)))
     pool = [threading.Thread(target=loop, daemon=True) for _ in range(count)]
@@ -171,6 +172,11 @@ def perform(
         raise job.error
     if job.stop:
         raise Cancelled("stopped; nothing was written")
+
+
+def _light(item: Item) -> bool:
+    """Whether the disk takes longer for what an item makes than making it does."""
+    return isinstance(item, CopyItem) or (isinstance(item, SumItem) and len(item.operands) <= 2)
 
 
 def _scheduled(work: Sequence[Item]) -> Iterator[Item]:
