@@ -176,7 +176,9 @@ def perform(
 
 def _light(item: Item) -> bool:
     """Whether the disk takes longer for what an item makes than making it does."""
-    return isinstance(item, CopyItem) or (isinstance(item, SumItem) and len(item.operands) <= 2)
+    if isinstance(item, SumItem):
+        return len(item.operands) <= 2 and all(o.dtype == item.dtype for o in item.operands)
+    return isinstance(item, CopyItem)
 
 
 def _scheduled(work: Sequence[Item]) -> Iterator[Item]:

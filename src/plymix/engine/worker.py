@@ -44,9 +44,9 @@ HELD = 1 << 21
 tensor, as many as it has."""
 
 ROOM = 2 << 20
-"""Bytes of all buffers together that a sum of one or two is computed in; they stay in the
-processor's cache. Longer sums have twice that: they are many calls, between which threads take
-turns, and the fewer the better."""
+"""Bytes of all buffers together that a sum is computed in; they stay in the processor's cache. Sums
+of more than two have twice that: they are many calls, between which threads take turns, and the
+fewer the better. Not those in float64, whose own rows take the rest."""
 
 
 class Worker:
@@ -97,7 +97,7 @@ class Worker:
     def _sum(self, item: SumItem) -> None:
         total = self._total(tuple((o.c, o.dtype) for o in item.operands), item.dtype)
         size = BITS[item.dtype] // 8
-        room = ROOM if len(item.operands) <= 2 else 2 * ROOM
+        room = 2 * ROOM if total.fused and len(item.operands) > 2 else ROOM
         fits = room // (size + sum(o.size for o in item.operands))
         chunk = fits - fits % kernels.BLOCK or fits
         at = item.at if self.job.target.waits and item.at % size == 0 else 0
