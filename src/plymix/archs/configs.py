@@ -345,7 +345,8 @@ def _sd3(s: _Shapes) -> Config:
     }
 
 
-def _flux(s: _Shapes) -> Config:
+def _streams(s: _Shapes) -> Config:
+    """What Flux and its kin share: blocks of two streams (text, picture), then blocks of one."""
     width, channels = s("x_embedder.weight")
     head = s("transformer_blocks.0.attn.norm_q.weight")[0]
     return {
@@ -357,24 +358,21 @@ def _flux(s: _Shapes) -> Config:
         "attention_head_dim": head,
         "num_attention_heads": width // head,
         "joint_attention_dim": s("context_embedder.weight")[1],
+    }
+
+
+def _flux(s: _Shapes) -> Config:
+    return {
+        **_streams(s),
         "pooled_projection_dim": s("time_text_embed.text_embedder.linear_1.weight")[1],
         "guidance_embeds": "time_text_embed.guidance_embedder.linear_1.weight" in s,
     }
 
 
 def _chroma(s: _Shapes) -> Config:
-    width, channels = s("x_embedder.weight")
-    head = s("transformer_blocks.0.attn.norm_q.weight")[0]
     hidden, inputs = s("distilled_guidance_layer.in_proj.weight")
     return {
-        "in_channels": channels,
-        "out_channels": s("proj_out.weight")[0],
-        "patch_size": 1,
-        "num_layers": s.count("transformer_blocks.*."),
-        "num_single_layers": s.count("single_transformer_blocks.*."),
-        "attention_head_dim": head,
-        "num_attention_heads": width // head,
-        "joint_attention_dim": s("context_embedder.weight")[1],
+        **_streams(s),
         "approximator_num_channels": inputs,
         "approximator_hidden_dim": hidden,
         "approximator_layers": s.count("distilled_guidance_layer.layers.*."),
@@ -382,19 +380,11 @@ def _chroma(s: _Shapes) -> Config:
 
 
 def _flux2(s: _Shapes) -> Config:
-    width, channels = s("x_embedder.weight")
-    head = s("transformer_blocks.0.attn.norm_q.weight")[0]
+    out, inner = s("transformer_blocks.0.ff.linear_out.weight")
     return {
-        "in_channels": channels,
-        "out_channels": s("proj_out.weight")[0],
-        "patch_size": 1,
-        "num_layers": s.count("transformer_blocks.*."),
-        "num_single_layers": s.count("single_transformer_blocks.*."),
-        "attention_head_dim": head,
-        "num_attention_heads": width // head,
-        "joint_attention_dim": s("context_embedder.weight")[1],
+        **_streams(s),
         "timestep_guidance_channels": s("time_guidance_embed.timestep_embedder.linear_1.weight")[1],
-        "mlp_ratio": s("transformer_blocks.0.ff.linear_out.weight")[1] / width,
+        "mlp_ratio": inner / out,
         "guidance_embeds": "time_guidance_embed.guidance_embedder.linear_1.weight" in s,
     }
 
