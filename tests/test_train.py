@@ -2,9 +2,11 @@
 
 import gzip
 import json
+import shutil
 import sys
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -31,7 +33,7 @@ import nets  # noqa: E402
 import settings  # noqa: E402
 import world  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("default")  # what other libraries deprecate is theirs
+pytestmark = pytest.mark.filterwarnings("ignore")  # what other libraries deprecate is theirs
 
 STAGE = settings.Stage(batch=2, lr=1e-3, steps=2)
 TINY = settings.Settings(
@@ -162,7 +164,7 @@ def test_stopped_and_resumed_is_one_go(pair, given, tmp_path):
     """Stopped in the middle of every stage, and at its end."""
     (tmp_path / "work").mkdir()
     stopped = []
-    for left in (1, 1, 3, 5, 1, 1, 1, 1, 1, 0):
+    for left in (1, 1, 3, 9, 5, 1, 1, 1, 1, 0):
         held = Stopping(tmp_path / "work", "cpu", TINY.seed, quiet=True)
         held.left = left
         try:
@@ -173,6 +175,35 @@ def test_stopped_and_resumed_is_one_go(pair, given, tmp_path):
                        ("vae", "vae", "", "text", "text", "a", "a", "b", "b")]  # fmt: skip
     for style, path in made.items():
         assert path.read_bytes() == pair[style].read_bytes()
+
+
+def test_a_finished_stage_goes_on_when_more_is_asked(pair, given, tmp_path):
+    shutil.copytree(pair["A"].parent / "work", tmp_path / "work")
+    before = loop.get(tmp_path / "work/a.pt", "cpu")
+    longer = msgspec.structs.replace(TINY, a=msgspec.structs.replace(STAGE, steps=3))
+    held = Stopping(tmp_path / "work", "cpu", TINY.seed, quiet=True)
+    make.make(longer, held, tmp_path, given)
+    after = loop.get(tmp_path / "work/a.pt", "cpu")
+    assert (before["steps"], after["steps"]) == (2, 3)
+    assert [line["step"] for line in after["log"]][: len(before["log"])] == [
+        line["step"] for line in before["log"]
+    ]
+    key = "conv_in.weight"
+    old, new = (saved["modules"]["unet"][key] for saved in (before, after))
+    moved = (old - new).abs().max()
+    assert 0 < moved <= 1.5 * STAGE.lr, "one step of Adam from the averaged weights"
+
+
+def test_further(tmp_path, capsys):
+    hours = settings.preset("cpu", 1.0)
+    more = settings.further(hours, 0.23)
+    assert more.a.seconds == hours.a.seconds + 828
+    assert more.b.seconds / hours.b.seconds == pytest.approx(more.a.seconds / hours.a.seconds)
+    assert (more.vae, more.text) == (hours.vae, hours.text)
+    with pytest.raises(Refusal, match="given hours"):
+        settings.further(TINY, 1.0)
+    assert make.main(["--out", str(tmp_path), "--further", "1"]) == 2
+    assert "beside --resume" in capsys.readouterr().err
 
 
 def test_folding_keeps_what_is_decoded(given, tmp_path):

@@ -121,18 +121,22 @@ def fit(
 
     `loss(generator)` is a step's; `show(path)` writes validation pictures to path (with an ending)
     and gives numbers for the log. `shares` scale the learning rate of a module. What is done
-    already is taken from `work/NAME.pt`. Raises Unfinished.
+    already is taken from `work/NAME.pt`; if `plan` asks for more than that, it goes on from there,
+    from the averages and with a new optimiser. Raises Unfinished.
     """
     final, part = run.work / f"{name}.pt", run.work / f"{name}.part.pt"
-    if final.exists():
-        saved = get(final, run.device)
+    saved = get(final, run.device) if final.exists() else None
+    if saved:
         for key, module in modules.items():
             module.load_state_dict(saved["modules"][key])
             module.eval().requires_grad_(False)
-        return
+        if plan.done(saved["steps"], saved["seconds"]) == 1:
+            return
     stage = _Training(run, name, plan, modules, shares or {}, ema, warmup)
     if part.exists():
         stage.restore(get(part, run.device))
+    elif saved:
+        stage.step, stage.seconds, stage.log = saved["steps"], saved["seconds"], saved["log"]
     with _training(modules.values()):
         stage.go(loss, show, part)
     stage.swap()
@@ -174,10 +178,7 @@ class _Training:
         )
 
     def progress(self) -> float:
-        """The share of the stage that is done: of its steps, or of its seconds."""
-        if self.plan.steps:
-            return min(1.0, self.step / self.plan.steps)
-        return min(1.0, self.seconds / max(self.plan.seconds, 1e-9))
+        return self.plan.done(self.step, self.seconds)
 
     def go(self, loss: Loss, show: Show, part: Path) -> None:
         run, begun, before = self.run, time.monotonic(), self.seconds

@@ -19,7 +19,7 @@ import msgspec
 import plymix
 from plymix.errors import Failure, PlymixError, Refusal
 from plymix.images.pixels import write
-from settings import HOURS, SHARES, Settings, Stage, needed, preset
+from settings import HOURS, SHARES, Settings, Stage, further, needed, preset
 
 STOPPED = 75
 """Exit status of a run that was stopped, and goes on with --resume (EX_TEMPFAIL)."""
@@ -87,7 +87,10 @@ def settings_of(args: argparse.Namespace, work: Path) -> Settings:
         given = (args.hours, args.preset, args.steps, args.concepts, args.most, args.seed)
         if any(value is not None for value in given):
             raise Refusal("--resume goes on with the settings there are; give none beside it")
-        return msgspec.json.decode(file.read_bytes(), type=Settings)
+        then = msgspec.json.decode(file.read_bytes(), type=Settings)
+        return further(then, args.further) if args.further else then
+    if args.further:
+        raise Refusal("--further goes beside --resume: first a run, then more of it")
     if file.exists():
         raise Refusal(f"{work} holds a run already: say --resume, or choose another --out")
     kind = args.device.partition(":")[0]
@@ -120,6 +123,8 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--icons", type=Path, metavar="DIR",
                    help="has npm's archives of the icons, or icons.npz; else npm runs")  # fmt: skip
     p.add_argument("--resume", action="store_true", help="go on where the run in --out was")
+    p.add_argument("--further", type=float, metavar="HOURS",
+                   help="with --resume: train A so much longer, then B anew from it")  # fmt: skip
     p.add_argument("--stop-after", type=float, metavar="MINUTES", help="save and stop then")
     p.add_argument("--prepare", action="store_true", help="only draw the icons: work/icons.npz")
     p.add_argument("--threads", type=int, metavar="N", help="of the CPU; more than idle cores harm")
@@ -146,6 +151,9 @@ def main(words: Sequence[str] | None = None) -> int:
         settings = settings_of(args, work)
         work.mkdir(parents=True, exist_ok=True)
         write(work / "settings.json", msgspec.json.encode(settings))
+        if args.further:
+            for name in ("b.pt", "b.part.pt"):
+                (work / name).unlink(missing_ok=True)
         run = Run(work, args.device, settings.seed, compiled=args.compile)
         if args.stop_after is not None:
             run.until = started + 60 * args.stop_after

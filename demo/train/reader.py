@@ -7,6 +7,7 @@ that the finished models draw.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,12 @@ def train(w: World) -> tuple[Any, Any]:
     encoder = nets.text(s, run.device)
     tower = nets.Tower(s.tower_widths, s.tower_features).to(run.device)
     head = nets.Reader(s.text_width, s.tower_features).to(run.device)
-    known = seen_before(w)
+    drawn = cache(partial(seen_before, w))
 
     def loss(generator: Any) -> Any:
         which = w.different(s.text.batch, generator)
         style, place = torch.rand((2, len(which)), generator=generator, device=run.device)
+        known = drawn()
         pictures = known[(style * 2).long(), (place * known.shape[1]).long(), which]
         ids = w.said(which, generator)
         if torch.rand((), generator=generator, device=run.device) < SHORT:

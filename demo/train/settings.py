@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from plymix.errors import Refusal
 
@@ -17,6 +18,10 @@ class Stage(msgspec.Struct, frozen=True):
     lr: float
     steps: int = 0
     seconds: float = 0.0
+
+    def done(self, steps: int, seconds: float) -> float:
+        """The share of it that so many steps in so many seconds are, at most 1."""
+        return min(1.0, steps / self.steps if self.steps else seconds / max(self.seconds, 1e-9))
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -83,6 +88,16 @@ def preset(device: str, hours: float, seed: int = 0) -> Settings:
     }
     own = CPU_ONLY if device == "cpu" else CUDA_ONLY
     return msgspec.convert({**stages, **own, "seed": seed}, Settings)
+
+
+def further(settings: Settings, hours: float) -> Settings:
+    """U-Net A is trained so much longer, and then B, anew, in proportion. Raises Refusal."""
+    if settings.a.steps or hours <= 0:
+        raise Refusal("--further wants hours above 0, for a run that was given hours, not steps")
+    seconds = settings.a.seconds + 3600 * hours
+    factor = seconds / settings.a.seconds
+    longer = replace(settings.b, seconds=settings.b.seconds * factor)
+    return replace(settings, a=replace(settings.a, seconds=seconds), b=longer)
 
 
 def needed(module: str) -> Any:
