@@ -165,10 +165,7 @@ def deviation(dtype: str, n: int = 1 << 18) -> tuple[float, int]:
     terms = ((0.6180339887498949, dtype), (0.3819660112501051, dtype))
     a, b = (_stored(rng.standard_normal(n) * 0.05, dtype) for _ in terms)
     out = np.empty_like(a)
-    total = kernels.Sum(terms, dtype)
-    for at in range(0, n, kernels.BLOCK):
-        m = min(kernels.BLOCK, n - at)
-        total(m, [a[at : at + m], b[at : at + m]], out[at : at + m])
+    kernels.Sum(terms, dtype)(n, [a, b], out)
     exact = terms[0][0] * _values(a, dtype) + terms[1][0] * _values(b, dtype)
     steps = np.abs(_ordinals(out, dtype) - _ordinals(_stored(exact, dtype), dtype))
     return float(np.count_nonzero(steps) / n), int(steps.max())

@@ -106,14 +106,19 @@ def _sum_fused(plan: kernels.Sum, inputs: Sequence[torch.Tensor]) -> torch.Tenso
     for x, c in zip(inputs[1:], coefficients[1:], strict=True):
         total = (x.double() * c + total.double()).float()
     out = total.to(torch_dtype(plan.out))
-    codes = [t.view(torch.int16).int() & 0x7FFF for t in (out, *inputs)]
-    lost = plan._lost if len(inputs) > 2 else plan._lost[:1]
+
+    def sizes(x: torch.Tensor) -> torch.Tensor:
+        if plan.codes == "F32":
+            return (x.float().view(torch.int32) & 0x7FFFFFFF).long()
+        return x.view(torch.int16).int() & 0x7FFF
+
+    small = sizes(total if plan.codes == "F32" else out)
     flags = torch.zeros_like(out, dtype=torch.bool)
-    for code, least in zip(codes[1:], lost, strict=False):
-        flags |= codes[0] + int(least) < code
+    for x, lost in zip(inputs, plan.lost, strict=False):
+        flags |= small + lost < sizes(x)
     again = torch.nonzero(flags).flatten()
     high = low = torch.zeros(again.shape, dtype=torch.float64, device=out.device)
-    for x, (hi, lo) in zip(inputs, plan._exact, strict=True):
+    for x, (hi, lo) in zip(inputs, plan.exact, strict=True):
         x64 = x[again].double()
         high, low = high + x64 * hi, low + x64 * lo
     out[again] = (high + low).float().to(out.dtype)
@@ -123,14 +128,14 @@ def _sum_fused(plan: kernels.Sum, inputs: Sequence[torch.Tensor]) -> torch.Tenso
 def _sum_wide(plan: kernels.Sum, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
     """Any number of terms in float64: one sum of the high pieces, one of the low ones."""
     total, *others = (tensor.double() for tensor in inputs)
-    (hi, lo), *pieces = plan._exact
+    (hi, lo), *pieces = plan.exact
     low = total * lo
     if not others:
         total = total * hi
     for i, (x, (hi1, lo1)) in enumerate(zip(others, pieces, strict=True)):
         low = _blend(low, x, 1.0, lo1) if i else _blend(total, x, lo, lo1)
         total = _blend(total, x, 1.0 if i else hi, hi1)
-    if any(lo for _, lo in plan._exact):
+    if any(lo for _, lo in plan.exact):
         total = total + low
     return total if plan.out == "F64" else _narrow(total.float(), plan.out)
 

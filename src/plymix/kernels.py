@@ -1,13 +1,13 @@
 """Chunk arithmetic: linear sums and casts on byte buffers, rounded once.
 
-Sums of tensors of one 16-bit dtype (nearly every merge) are chains of fused multiply-add in
-float32: the first product rounds, then every step rounds once. Elements whose terms cancel, so that
-float32 would be too coarse for them, are computed again in float64; which they are depends on the
-element alone.
+Sums that are stored in 16 bits (nearly every merge) are chains of fused multiply-add in float32:
+the first product rounds, then every step rounds once. Elements whose terms cancel, so that float32
+would be too coarse for them, are computed again in float64; which they are depends on the element
+alone.
 
-All other sums are computed in float64. There a coefficient c is cut into two pieces of few bits,
-c = hi + lo, such that hi*x and lo*x are exact; the hi products are summed, the lo products are
-summed, and both sums are added.
+All other sums, and those of float64, are computed in float64. There a coefficient c is cut into two
+pieces of few bits, c = hi + lo, such that hi*x and lo*x are exact; the hi products are summed, the
+lo products are summed, and both sums are added.
 
 Either way it is settled which operations round, so the bytes are the same on every machine and by
 either backend. NumKong (https://github.com/ashvardanian/NumKong) does the work where it agrees with
@@ -19,17 +19,17 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 
 BLOCK = 1 << 17
-"""Elements computed at a time: three float32 rows of it stay in a 2 MiB cache."""
+"""Elements computed at a time in float32: three rows of it stay in a 2 MiB cache."""
 
-LONGEST = 1 << 30
-"""No limit: for sums that keep no rows."""
+WIDE_BLOCK = 1 << 15
+"""And in float64, with more rows that are twice as wide."""
 
 NUMPY = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16,
@@ -43,6 +43,13 @@ MANTISSA = {"F32": 24, "F16": 11, "BF16": 8, "F8_E4M3": 4, "F8_E5M2": 3}
 CANCELLED = 23
 """A sum's significant bits and the powers of two that its terms lose to each other may be as many
 together before float32 is too coarse for it."""
+
+_CODES = {
+    "F16": (np.uint16, np.uint16(0x7FFF)),
+    "BF16": (np.uint16, np.uint16(0x7FFF)),
+    "F32": (np.uint32, np.uint32(0x7FFFFFFF)),
+}
+"""The type of a dtype's codes, and the largest, which is all bits but the sign."""
 
 _KONG = {
     "F64": "float64", "F32": "float32", "F16": "float16",
@@ -73,26 +80,28 @@ def _pieces(terms: Sequence[Term], bits: int) -> list[tuple[float, float]]:
     ]
 
 
-def _lost(terms: Sequence[Term], out: str) -> list[Any]:
-    """For each term, how much smaller a code than its own the sum's may be."""
-    step = 1 << (MANTISSA[out] - 1)  # how far apart the codes of x and 2x are
+def _lost(terms: Sequence[Term], out: str, codes: str) -> list[int]:
+    """For each term, how much smaller a code (of the dtype `codes`) than its own the sum's may be.
+
+    Of two terms the first alone: where they cancel, one is as good as the other.
+    """
+    step = 1 << (MANTISSA[codes] - 1)  # how far apart the codes of x and 2x are
     most = CANCELLED - MANTISSA[out] - math.ceil(math.log2(len(terms) / 2))
-    return [
-        np.uint16(min(max(step * (most - math.log2(abs(c) or 1.0)), 0), 0x7FFF)) for c, _ in terms
-    ]
+    largest = int(_CODES[codes][1])
+    told = terms if len(terms) > 2 else terms[:1]
+    return [min(max(int(step * (most - math.log2(abs(c) or 1.0))), 0), largest) for c, _ in told]
 
 
-def _suspect(measured: list[tuple[Any, int]]) -> int:
-    """The code that a sum's must be below for any of its terms to make it a suspect; 0 for none."""
-    most = 0
-    for x, lost in measured:
-        largest = max(int(x.view(np.int16).max()), int(x.max()) & 0x7FFF)
-        most = max(most, largest - lost)
-    return most
+def _largest(view: Any) -> int:
+    """The largest code of any element, without its sign: two quick passes."""
+    bits = 8 * view.itemsize
+    signed, unsigned = view.view(f"i{view.itemsize}"), view.view(f"u{view.itemsize}")
+    largest: int = max(signed.max().item(), unsigned.max().item() & ((1 << (bits - 1)) - 1))
+    return largest
 
 
 class Sum:
-    """`out = sum(c_i * x_i)` for fixed coefficients and dtypes, on up to `most` elements.
+    """`out = sum(c_i * x_i)` for fixed coefficients and dtypes.
 
     Call it with `(n, inputs, out)`, byte buffers that hold n elements. Not thread-safe: the scratch
     rows are its own; make one per thread.
@@ -102,22 +111,25 @@ class Sum:
         self.terms = tuple(terms)
         self.out = out
         self.do = backend or best_backend()
-        if any(dtype == "F64" for _, dtype in terms):
+        double = any(dtype == "F64" for _, dtype in terms)
+        if double:
             self.do = Backend()  # float64 products are not exact: fused or not makes a difference
         self.cast = len(terms) == 1 and terms[0][0] == 1.0
-        self.fused = len(terms) > 1 and out in ("F16", "BF16") and {d for _, d in terms} == {out}
-        self._exact = _pieces(terms, 53)
-        # one call for a pair, that keeps no rows between; its results are the same in any pieces
-        whole = self.fused and len(terms) == 2 and isinstance(self.do, NumKong)
-        self.most = LONGEST if whole else BLOCK
-        wide = 0 if self.cast or self.fused else 3
-        self._rows = [np.empty(BLOCK, np.float64) for _ in range(wide)]
-        self._single = np.empty(BLOCK, np.float32)
+        self.fused = len(terms) > 1 and out in ("F16", "BF16") and not double
+        self.exact = _pieces(terms, 53)
         if self.fused:
-            self._chain = np.empty(BLOCK if len(terms) > 2 else 0, np.float32)
-            self._lost = _lost(self.terms, out)
-            self._codes = np.empty(BLOCK, np.uint16)
+            # whether terms cancel is told by codes: of the dtype that all have, or of float32
+            self.codes = out if {d for _, d in terms} == {out} else "F32"
+            self.lost = _lost(self.terms, out, self.codes)
+            self._found = np.empty(BLOCK, _CODES[self.codes][0])
             self._flags = np.zeros(-(-BLOCK // 8) * 8, np.bool_)
+        # one call for a pair, that keeps no rows between; its results are the same in any pieces
+        self._whole = self.fused and len(terms) == 2 and self.codes == out
+        self._block = BLOCK if self.fused or self.cast else WIDE_BLOCK
+        wide = 0 if self.fused or self.cast else 3
+        self._rows = [np.empty(self._block, np.float64) for _ in range(wide)]
+        self._single = np.empty(self._block, np.float32)
+        self._total = np.empty(BLOCK if self.fused and not self._whole else 0, np.float32)
 
     def __call__(self, n: int, inputs: Sequence[Any], out: Any) -> None:
         views = [
@@ -125,94 +137,109 @@ class Sum:
             for x, (_, dtype) in zip(inputs, self.terms, strict=True)
         ]
         result = np.frombuffer(out, NUMPY[self.out], n)
-        if self.cast:
-            self._cast(n, views[0], result)
-        elif self.fused:
-            self._sum_fused(n, views, result)
-        else:
-            self._sum_wide(n, views, result)
+        work = self._cast if self.cast else self._sum_fused if self.fused else self._sum_wide
+        if self._whole:
+            (first, second), ((c0, _), (c1, _)) = views, self.terms
+            self.do.pair(first, second, c0, c1, self.out, result)
+            if not (most := self._may_cancel(views)):
+                return
+            work = partial(self._mend, most)
+        for at in range(0, n, self._block):
+            part = slice(at, min(at + self._block, n))
+            work([x[part] for x in views], result[part])
 
-    def _cast(self, n: int, view: Any, result: Any) -> None:
-        dtype, single = self.terms[0][1], self._single[:n]
+    def _cast(self, views: list[Any], result: Any) -> None:
+        (view,), dtype, n = views, self.terms[0][1], result.size
+        single = self._single[:n]
         if dtype == self.out or "F64" in (dtype, self.out):
             wide = np.empty(n, np.float64)
             self.do.double(view, dtype, single, wide)
             self._store(wide, result)
-            return
+        else:
+            self.do.narrow(self._widened(view, dtype, single), self.out, result)
+
+    def _widened(self, view: Any, dtype: str, row: Any) -> Any:
+        """`view` as float32: itself, or widened into `row`."""
         if dtype == "F32":
-            single = view
-        else:
-            self.do.widen(view, dtype, single)
-        self.do.narrow(single, self.out, result)
+            return view
+        self.do.widen(view, dtype, row)
+        return row
 
-    def _sum_fused(self, n: int, views: list[Any], result: Any) -> None:
+    def _sum_fused(self, views: list[Any], result: Any) -> None:
         """Multiply-add after multiply-add in float32; what cancels once more in float64."""
-        do = self.do
-        (c0, _), (c1, _), *others = self.terms
-        if not others:
-            do.pair(views[0], views[1], c0, c1, self.out, result)
-        else:
-            total, single = self._chain[:n], self._single[:n]
-            do.widen(views[0], self.out, total)
-            do.widen(views[1], self.out, single)
-            do.blend(total, single, c0, c1, total)
-            for view, (c, dtype) in zip(views[2:], others, strict=True):
-                do.widen(view, dtype, single)
-                do.blend(total, single, 1.0, c, total)
-            do.narrow(total, self.out, result)
-        measured = [(v.view(np.uint16), int(lost)) for v, lost in self._measured(views)]
-        most = _suspect(measured)
-        for at in range(0, n, BLOCK) if most > 0 else ():
-            part = slice(at, min(at + BLOCK, n))
-            codes = [(x[part], lost) for x, lost in measured]
-            again = self._cancelled(most, codes, result[part].view(np.uint16))
-            if again.size:
-                fixed = np.empty(again.size, result.dtype)
-                do.narrow(self._in_float64([v[part] for v in views], again), self.out, fixed)
-                result[part][again] = fixed
+        do, n = self.do, result.size
+        total, single = self._total[:n], self._single[:n]
+        (c0, d0), (c1, d1), *others = self.terms
+        first, second = self._widened(views[0], d0, total), self._widened(views[1], d1, single)
+        do.blend(first, second, c0, c1, total)
+        for view, (c, dtype) in zip(views[2:], others, strict=True):
+            do.blend(total, self._widened(view, dtype, single), 1.0, c, total)
+        do.narrow(total, self.out, result)
+        if most := self._may_cancel(views):
+            self._mend(most, views, result)
 
-    def _measured(self, views: list[Any]) -> Iterable[tuple[Any, Any]]:
-        """The terms that tell whether they cancel; of two, one is as good as the other."""
-        return zip(views if len(views) > 2 else views[:1], self._lost, strict=False)
+    def _sizes(self, view: Any, dtype: str) -> Any:
+        """The codes of some elements, without sign: integers that grow with them."""
+        kind, unsigned = _CODES[self.codes]
+        if dtype != self.codes:
+            view = self._widened(view, dtype, np.empty(view.size, np.float32))
+        return view.view(kind) & unsigned
 
-    def _in_float64(self, views: list[Any], at: Any) -> Any:
-        """The sum of the elements `at`, as float32."""
-        high: Any = 0.0
-        low: Any = 0.0
-        single = np.empty(at.size, np.float32)
-        for view, (hi, lo) in zip(views, self._exact, strict=True):
-            self.do.widen(np.ascontiguousarray(view[at]), self.out, single)
-            x = single.astype(np.float64)
-            high, low = high + hi * x, low + lo * x
-        return (high + low).astype(np.float32)
+    def _may_cancel(self, views: list[Any]) -> int:
+        """The code that a sum's must be below for any of its terms to cancel; 0 if none can."""
+        most = 0
+        for view, (_, dtype), lost in zip(views, self.terms, self.lost, strict=False):
+            largest = np.array([_largest(view)], f"u{view.itemsize}").view(view.dtype)
+            most = max(most, int(self._sizes(largest, dtype)[0]) - lost)
+        return most
 
-    def _cancelled(self, most: int, measured: list[tuple[Any, int]], result: Any) -> Any:
+    def _mend(self, most: int, views: list[Any], result: Any) -> None:
+        """Compute once more in float64 what cancels."""
+        coarse = result if self.codes == self.out else self._total[: result.size]
+        again = self._cancelled(most, views, coarse)
+        if again.size:
+            fixed = np.empty(again.size, result.dtype)
+            self.do.narrow(self._in_float64(views, again), self.out, fixed)
+            result[again] = fixed
+
+    def _cancelled(self, most: int, views: list[Any], result: Any) -> Any:
         """Where the sum is too many powers of two smaller than one of its terms.
 
         Without its sign, the code of a float is its logarithm but for the fraction's curve.
         """
         n = result.size
-        found = self._codes[:n]
-        np.bitwise_and(result, 0x7FFF, out=found)
+        kind, unsigned = _CODES[self.codes]
+        found = self._found[:n]
+        np.bitwise_and(result.view(kind), unsigned, out=found)
         np.less(found, most, out=self._flags[:n])
         self._flags[n:] = False
         # almost all are False: skip them by eights
         eights = np.flatnonzero(self._flags.view(np.uint64) != 0)
         near = (eights[:, None] * 8 + np.arange(8)).ravel()
         near = near[self._flags[near]]
-        small = found[near].astype(np.int32)
+        small = found[near].astype(np.int64)
         guilty = np.zeros(near.size, np.bool_)
-        for x, lost in measured:
-            guilty |= small + lost < (x[near] & 0x7FFF)
+        for view, (_, dtype), lost in zip(views, self.terms, self.lost, strict=False):
+            guilty |= small + lost < self._sizes(view[near], dtype)
         return near[guilty]
 
-    def _sum_wide(self, n: int, views: list[Any], result: Any) -> None:
+    def _in_float64(self, views: list[Any], at: Any) -> Any:
+        """The sum of the elements `at`, as float32."""
+        high: Any = 0.0
+        low: Any = 0.0
+        single = np.empty(at.size, np.float32)
+        for view, (_, dtype), (hi, lo) in zip(views, self.terms, self.exact, strict=True):
+            x = self._widened(view[at], dtype, single).astype(np.float64)
+            high, low = high + hi * x, low + lo * x
+        return (high + low).astype(np.float32)
+
+    def _sum_wide(self, views: list[Any], result: Any) -> None:
         """Any number of terms in float64."""
-        do = self.do
+        do, n = self.do, result.size
         total, x, low = (row[:n] for row in self._rows)
         single = self._single[:n]
-        exact = not any(lo for _, lo in self._exact)
-        hi, lo = self._exact[0]
+        exact = not any(lo for _, lo in self.exact)
+        hi, lo = self.exact[0]
         do.double(views[0], self.terms[0][1], single, total)
         if len(views) == 1:
             do.blend(total, total, lo, 0.0, low)
@@ -221,8 +248,8 @@ class Sum:
             do.double(view, self.terms[i][1], single, x)
             before, rest = (hi, lo) if i == 1 else (1.0, 1.0)
             if not exact:
-                do.blend(total if i == 1 else low, x, rest, self._exact[i][1], low)
-            do.blend(total, x, before, self._exact[i][0], total)
+                do.blend(total if i == 1 else low, x, rest, self.exact[i][1], low)
+            do.blend(total, x, before, self.exact[i][0], total)
         if not exact:
             do.blend(total, low, 1.0, 1.0, total)
         self._store(total, result)
@@ -250,11 +277,10 @@ def nonfinite(data: Any, dtype: str) -> int:
     codes = np.frombuffer(data, f"u{np.dtype(NUMPY[dtype]).itemsize}")
     if not codes.size:
         return 0
-    sign = 1 << (8 * codes.itemsize - 1)
-    signed = codes.view(f"i{codes.itemsize}")
-    if int(signed.max()) < infinity and (int(codes.max()) & ~sign) < infinity:
-        return 0  # the largest codes of either sign: two quick passes, and nothing else is needed
-    return int(np.count_nonzero((codes & (sign - 1)) >= infinity))
+    if _largest(codes) < infinity:
+        return 0
+    unsigned = (1 << (8 * codes.itemsize - 1)) - 1
+    return int(np.count_nonzero((codes & unsigned) >= infinity))
 
 
 class Backend:
@@ -514,7 +540,7 @@ def disagreements(backend: Backend) -> list[str]:
 
     with np.errstate(all="ignore"):
         for dtype in ("F16", "BF16", "F32", "F64"):
-            for out in (dtype, "F32"):
+            for out in dict.fromkeys((dtype, "F32", "F16")):
                 pair = [(0.5833333333, dtype), (0.4166666667, dtype)]
                 compare(f"blend {dtype} to {out}", total(pair, out))
                 three = [(1.0, dtype), (0.7, dtype), (-0.7, dtype)]

@@ -110,7 +110,7 @@ class Worker:
                 source.read_at(o.file, o.offset + first * o.size, buffer)
                 inputs.append(buffer)
             out = self.buffers(0, nbytes, item.at + start)
-            _add(total, n, inputs, out)
+            total(n, inputs, out)
             self._put(item.at + start, out, item.dtype)
             self.job.add(nbytes)
 
@@ -137,7 +137,7 @@ class Worker:
             given = [(*kind, data) for kind, data in zip(kinds, inputs, strict=True)]
             return gpu.linear_sum(given, tensor.dtype, self.job.device)
         out = memoryview(bytearray(tensor.nbytes))
-        _add(self._total(kinds, tensor.dtype), tensor.numel, inputs, out)
+        self._total(kinds, tensor.dtype)(tensor.numel, inputs, out)
         return out
 
     def _chunk(self, item: ChunkItem) -> None:
@@ -302,16 +302,6 @@ def _widen(data: Any, dtype: str, out: Any) -> None:
         do.widen(x, dtype, out)
 
 
-def _add(total: kernels.Sum, n: int, inputs: Sequence[memoryview], out: memoryview) -> None:
-    """`total` of n elements, in as large pieces as it takes."""
-    sizes = [BITS[dtype] // 8 for _, dtype in total.terms]
-    size = BITS[total.out] // 8
-    for a in range(0, n, total.most):
-        b = min(a + total.most, n)
-        parts = [x[a * s : b * s] for x, s in zip(inputs, sizes, strict=True)]
-        total(b - a, parts, out[a * size : b * size])
-
-
 def _spelt(
     array: Any, rows: tuple[int, int] | None, swapped: bool, shape: tuple[int, ...] | None
 ) -> Any:
@@ -325,10 +315,7 @@ def weighted(arrays: Sequence[Any], coefficients: Sequence[float]) -> Any:
     if isinstance(arrays[0], np.ndarray):
         out = empty(arrays[0].shape, np.float32)
         total = kernels.Sum([(c, "F32") for c in coefficients], "F32")
-        flat = [np.ascontiguousarray(x).reshape(-1) for x in arrays]
-        for at in range(0, out.size, kernels.BLOCK):
-            n = min(kernels.BLOCK, out.size - at)
-            total(n, [x[at : at + n] for x in flat], out.reshape(-1)[at : at + n])
+        total(out.size, [np.ascontiguousarray(x).reshape(-1) for x in arrays], out.reshape(-1))
         return out
     result = sum(c * x.double() for c, x in zip(coefficients, arrays, strict=True))
     return result.float()
