@@ -4,8 +4,10 @@ import copy
 import json
 import math
 import pickle
+import shutil
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,8 +15,10 @@ from hypothesis import strategies as st
 
 import plymix
 import tiny
+from plymix import replay
 from plymix.errors import Refusal
 from plymix.expression import Expression, merge_method, model
+from plymix.recipe import Model
 from plymix.registry import methods
 
 A, B, C, D = (model(f"{n}.safetensors") for n in "abcd")
@@ -359,6 +363,30 @@ def test_a_session_goes_on_after_a_refused_change(folder):
         changed = session.set("steps.step1.alpha.blocks.IN05", 0.3)
         assert all(".input_blocks.5." in name for name in changed)
         assert session.tensor(changed[0]).size
+
+
+def test_a_session_finds_models_as_run_and_replay_do(folder, tmp_path):
+    """By name in the folders, and by content whatever they are called there."""
+    whole = tmp_path / "whole.safetensors"
+    plymix.merge(folder / "a.safetensors", folder / "b.safetensors", whole)
+    found = replay.embedded(whole)  # says the SHA-256 of both
+    (tmp_path / "models" / "deep").mkdir(parents=True)
+    for old, new in (("a", "a.safetensors"), ("b", "deep/renamed.safetensors")):
+        shutil.copy(folder / f"{old}.safetensors", tmp_path / "models" / new)
+    out, hashing = tmp_path / "out.safetensors", []
+    options = {"folders": [tmp_path / "models"], "progress": hashing.append}
+    with plymix.Session(found, **options) as session:
+        session.write(out)
+        assert out.read_bytes() == whole.read_bytes()
+        assert session.set("steps.merge.alpha", 0.25)
+    by_name = msgspec.structs.replace(  # a recipe that a person wrote says no SHA-256
+        found, models={name: Model(model.file) for name, model in found.models.items()}
+    )
+    with pytest.raises(Refusal, match=r"b\.safetensors does not exist"):
+        plymix.Session(by_name, **options)
+    shutil.copy(folder / "a.safetensors", tmp_path / "models" / "deep" / "renamed.safetensors")
+    with pytest.raises(Refusal, match=r"b\.safetensors \([\d,]+ bytes\) is missing"):
+        plymix.Session(found, **options)
 
 
 @pytest.mark.parametrize("method", ["cosine_a", "cosine_b"])

@@ -24,6 +24,7 @@ BOTTOM |= {"recipe", "weights", "kernels", "hashes", "expr"}
 ALLOWED = {
     "errors": set(),
     "urls": {"errors"},
+    "outputs": {"errors"},
     "cache": set(),
     "texts": {"errors"},
     "registry": GROUND,

@@ -13,13 +13,14 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union, cast
 
 import msgspec
 
-from plymix import hashes, metadata, urls, weights
+from plymix import hashes, metadata, outputs, urls, weights
 from plymix import plan as planning
 from plymix import recipe as recipes
 from plymix.archs.views import CLASSIC
@@ -312,39 +313,36 @@ def convert(
     """
     path = output_path("", out)
     ready(path, force)
-    said = conversion(
-        file, arch, layout=layout, dtype=dtype, rounding=rounding, seed=seed, shard=shard
-    )
-    with planning.build(aimed(said, path)) as plan:
+    said: dict[str, Any] = {"layout": layout, "dtype": dtype, "rounding": rounding}
+    with conversion(file, path, arch, seed=seed, shard=shard, **said) as plan:
         return run(plan, path, threads=threads, configs=configs, progress=progress)
 
 
-def conversion(file: PathLike, arch: PathLike = "", **output: Any) -> Recipe:
-    """The recipe of a conversion: a model, no steps, and the fields of [output].
+def conversion(file: PathLike, path: Path, arch: PathLike = "", **output: Any) -> Plan:
+    """The plan of a conversion: a model, no steps, and the fields of [output].
 
     What is no model (a VAE, a LoRA) is taken key by key, where no `arch` is named. Raises Refusal.
     """
+    with ExitStack() as stack:
+        source = stack.enter_context(open_model(file))
+        found = of_one(file, "a", arch=os.fspath(arch) or by_key(source), ema="keep", **output)
+        plan = planning.build(aimed(found, path), open_file=lambda _: source)
+        stack.pop_all()
+    return plan
+
+
+def of_one(file: PathLike, name: str, **output: Any) -> Recipe:
+    """The recipe of one model, called `name`, without steps. Raises Refusal."""
     if isinstance(output.get("dtype"), Mapping):
         output["dtype"] = dict(output["dtype"])
-    return recipes.from_dict(
-        {
-            "models": {"a": os.fspath(file)},
-            "output": {
-                "from": "a",
-                "ema": "keep",
-                "arch": os.fspath(arch) or by_key(file),
-                **output,
-            },
-        }
-    )
+    return recipes.from_dict({"models": {name: os.fspath(file)}, "output": output})
 
 
-def by_key(file: PathLike) -> str:
+def by_key(source: Source) -> str:
     """The `arch` "any" for a file that is no model of an architecture that plymix knows, or ""."""
     from plymix import pairing
 
-    with open_model(file) as source:
-        found = pairing.pair(source).detection
+    found = pairing.pair(source).detection
     return "" if found.arch and found.kind in ("checkpoint", "denoiser") else "any"
 
 
@@ -396,8 +394,7 @@ def output_path(a: PathLike | Recipe | Expression, out: PathLike | None) -> Path
     file = out or (a.output.file if isinstance(a, Recipe) else "")
     if not file:
         raise Refusal("where to? name the output file (-o out.safetensors)")
-    path = Path(file).expanduser()
-    return path.resolve() if path.is_symlink() else path  # the file is replaced, not the link
+    return outputs.path_of(file)
 
 
 def ready(path: Path, force: bool) -> None:
@@ -408,12 +405,9 @@ def ready(path: Path, force: bool) -> None:
         raise Refusal(f"{path} has no name of its own; say which folder or file it is to be")
     if not is_folder_name(path):
         writer_for(path)
-        if path.is_dir():
+        if os.path.isdir(path):
             raise Refusal(f"{path} is a folder; name a file in it")
-    if not path.parent.is_dir():
-        raise Refusal(f"the folder {path.parent} does not exist; make it first")
-    if not os.access(path.parent, os.W_OK):
-        raise Refusal(f"the folder {path.parent} is read-only; choose another place")
+    outputs.writable(path)
     if os.path.ismount(path):
         raise Refusal(f"{path} is where a disk begins, and cannot be replaced; name a folder in it")
     empty = path.is_dir() and not any(path.iterdir())
@@ -425,11 +419,8 @@ def ready(path: Path, force: bool) -> None:
                 f"{path} is a folder that holds no model, and would be replaced as a whole: choose"
                 " another name"
             )
-    shards = path.with_name(f"{path.stem}.safetensors.index.json")
-    for there in (path, shards):
-        free = force or (there is path and empty)
-        if not free and os.path.exists(there):  # False for a name that is too long
-            raise Refusal(f"{there} exists; say --force to replace it, or choose another name")
+    outputs.free(path, force or empty)
+    outputs.free(path.with_name(f"{path.stem}.safetensors.index.json"), force)
 
 
 def run(
@@ -464,6 +455,9 @@ def run(
             " pipeline itself; name a folder outside"
         )
     tensors, layout = plan.layout(path, metadata.build(plan), small_files(configs, notes))
+    if layout.index:
+        names = (layout.index, *(part.name for part in layout.parts))
+        outputs.writable(path, beside=max(map(len, names)) - len(path.name))
     notes.extend(_replaced(plan, path, layout))
     late = {metadata.pending(i): _hasher(i.source.files, plan.recipe, i) for i in plan.inputs}
     sources = plan.sources

@@ -6,14 +6,15 @@ A drawing is a list of rectangles and lines of text; each format draws the same 
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Union
 from xml.sax.saxutils import escape
 
-from plymix.errors import Failure, Refusal
+from plymix import outputs
+from plymix.engine.files import write_whole
+from plymix.errors import Refusal
 
 INK, SOFT, BAR, PAPER = "#24292f", "#6e7781", "#0969da", "#ffffff"
 ROW, TOP, NAME, LENGTH, NUMBER, LETTER = 20, 66, 110, 480, 170, 12
@@ -88,23 +89,12 @@ def check(path: Path, force: bool) -> None:
         raise Refusal(f"{path}: a plot is written as .svg or .png; choose one of these endings")
     if path.suffix.lower() == ".png":
         _pillow()
-    if not path.parent.is_dir():
-        raise Refusal(f"the folder {path.parent} does not exist; make it first")
-    if path.exists() and not force:
-        raise Refusal(f"{path} exists; say --force to replace it, or choose another name")
+    outputs.file(path, force)
 
 
 def write(chart: Chart, path: Path) -> None:
     """Write `chart` in the format of the ending of `path`: a whole file or none."""
-    data = _WRITERS[path.suffix.lower()](chart)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except OSError as e:
-        raise Failure(f"cannot write {path}: {e.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, _WRITERS[path.suffix.lower()](chart))
 
 
 def svg(chart: Chart) -> bytes:

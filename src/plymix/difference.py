@@ -155,8 +155,11 @@ class Side:
                 return True
             return self.places[key].component in held and any(meant(name, key) for name in rows)
 
-        never = [key for key in lacking if is_never(key)]
-        return [key for key in lacking if key not in never], never
+        saying: list[str] = []
+        never: list[str] = []
+        for key in lacking:
+            (never if is_never(key) else saying).append(key)
+        return saying, never
 
     @property
     def named(self) -> str:

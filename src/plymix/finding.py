@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING
 
 from plymix import hashes, urls
 from plymix.errors import Refusal, listed
-from plymix.formats import open_model
+from plymix.formats import Folders, open_model
 from plymix.recipe import Model, Recipe
 
 if TYPE_CHECKING:
     from plymix.engine import ProgressCallback
-
-Folders = Sequence["str | os.PathLike[str]"]
 
 
 def needed(recipe: Recipe) -> dict[str, Model]:
@@ -89,7 +87,7 @@ def _named(model: Model, places: Sequence[Path]) -> Iterator[Path]:
         path = Path(model.file).expanduser()
         names = [path, Path(path.name)]
     candidates = dict.fromkeys(place / name for place in places for name in names)
-    return (candidate for candidate in candidates if candidate.exists())
+    return (candidate for candidate in candidates if os.path.exists(candidate))
 
 
 def _by_content(model: Model, folders: Folders, stopped: Callable[[], bool]) -> Path | None:
@@ -110,7 +108,7 @@ def _is(model: Model, path: Path, stopped: Callable[[], bool]) -> bool:
 def _files(path: Path) -> tuple[tuple[Path, ...], int]:
     """The files of the model at `path` and their bytes: itself, or those of a folder or an index of
     shards."""
-    if path.is_file() and path.suffix != ".json":
+    if os.path.isfile(path) and path.suffix != ".json":
         return (path,), path.stat().st_size
     try:
         with open_model(path) as source:

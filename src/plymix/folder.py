@@ -7,6 +7,7 @@ is made from the shapes of the tensors (see `plymix.archs.configs`).
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def remarks(plan: Plan, files: Mapping[str, Content]) -> Iterator[str]:
 
 
 def _of_folder(path: Path, plan: Plan) -> dict[str, Content]:
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise Refusal(f"--configs {path} is not a folder; name a diffusers folder")
     with open_model(path) as source:
         return dict(source.configs)

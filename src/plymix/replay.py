@@ -12,14 +12,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plymix import api, engine, metadata
+from plymix import api, engine, metadata, outputs
 from plymix import plan as planning
 from plymix import recipe as recipes
 from plymix.engine import ProgressCallback
 from plymix.errors import amount, listed
-from plymix.finding import Folders, find, needed
+from plymix.finding import find, needed
 from plymix.folder import configs
-from plymix.formats import Handle, is_folder_name, open_model, sharded
+from plymix.formats import Folders, Handle, is_folder_name, open_model, sharded
 from plymix.formats.base import Part
 from plymix.plan import Plan
 from plymix.recipe import LORA_KEY, METADATA_KEY, Model, Recipe
@@ -68,7 +68,7 @@ def replay(
     """
     path = Path(path)
     own = _own_name(path)
-    out = Path(out) if out else Path(f"{own.stem}-replay{own.suffix}")
+    out = outputs.path_of(out or outputs.shortened(own.stem, f"-replay{own.suffix}"))
     api.ready(out, force)
     recipe = embedded(path)
     if not isinstance(recipe, Recipe):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from plymix import api, engine, kernels, urls
+from plymix import api, engine, kernels, outputs, urls
 from plymix import plan as planning
 from plymix import recipe as recipes
 from plymix.engine import ProgressCallback
@@ -16,11 +15,10 @@ from plymix.engine.worker import prepare
 from plymix.errors import Refusal
 from plymix.expr import calls
 from plymix.expression import Expression
-from plymix.formats import Source, open_model
+from plymix.finding import find, needed
+from plymix.formats import Folders, Source, open_model
 from plymix.plan import Plan
-from plymix.recipe import Recipe
-
-Folders = Sequence["str | os.PathLike[str]"]
+from plymix.recipe import Model, Recipe
 
 
 class Session:
@@ -34,11 +32,23 @@ class Session:
             session.write("out.safetensors", force=True)      # computes only those
 
     What `write` makes is byte-equal to a full merge of the changed recipe.
+
+    Models are found as `plymix run` and `replay` find them: as the recipe names them, then by name
+    in `folders`; those whose SHA-256 the recipe says by content too, anywhere below `folders`, of
+    which `progress` is told. Raises Refusal that names what is missing or altered.
     """
 
-    def __init__(self, recipe: Recipe | Expression, *, folders: Folders = ()) -> None:
+    def __init__(
+        self,
+        recipe: Recipe | Expression,
+        *,
+        folders: Folders = (),
+        progress: ProgressCallback | None = None,
+    ) -> None:
         self._folders = folders
+        self._progress = progress
         self._open: dict[Path, Source] = {}
+        self._found: dict[Model, Path] = {}  # those that the recipe knows the content of
         self._written: tuple[Path, tuple[int, int], Plan] | None = None
         self.changed: tuple[str, ...] = ()
         try:
@@ -85,7 +95,7 @@ class Session:
         progress: ProgressCallback | None = None,
     ) -> api.Result:
         """Write the result. Tensors that the last write to `out` already made are copied."""
-        path = Path(out)
+        path = outputs.path_of(out)
         api.ready(path, force)
         local = [known for known in self._open if not urls.is_url(known)]
         if any(path.exists() and path.samefile(known) for known in local):
@@ -106,7 +116,17 @@ class Session:
                 self._open[path] = open_model(path)
             return self._open[path]
 
-        return planning.build(recipe, folders=self._folders, open_file=kept, keep_open=True)
+        known = needed(recipe)
+        new = {name: model for name, model in known.items() if model not in self._found}
+        for name, path in find(new, self._folders, progress=self._progress).items():
+            self._found[new[name]] = path
+        return planning.build(
+            recipe,
+            folders=self._folders,
+            paths={name: self._found[model] for name, model in known.items()},
+            open_file=kept,
+            keep_open=True,
+        )
 
     def close(self) -> None:
         for source in self._open.values():

@@ -113,7 +113,8 @@ def extract(
         shard=shard,
         arch=os.fspath(arch),
     )
-    return _made(recipe, out, configs, dry_run, force, threads, progress)
+    with open_model(model) as source:
+        return _made(source, recipe, out, configs, dry_run, force, threads, progress)
 
 
 def prune(
@@ -139,16 +140,17 @@ def prune(
     says nothing of the model. `dtype`, `layout`, `shard`, `configs` and `arch` are as for `merge`.
     With `dry_run` nothing is written. Raises Refusal.
     """
-    recipe = _recipe(
-        model,
-        drop=list(dict.fromkeys(("leftovers", *drop))),
-        ema=ema,
-        dtype=dtype,
-        layout=layout,
-        shard=shard,
-        arch=os.fspath(arch) or api.by_key(model),
-    )
-    return _made(recipe, out, configs, dry_run, force, threads, progress)
+    with open_model(model) as source:
+        recipe = _recipe(
+            model,
+            drop=list(dict.fromkeys(("leftovers", *drop))),
+            ema=ema,
+            dtype=dtype,
+            layout=layout,
+            shard=shard,
+            arch=os.fspath(arch) or api.by_key(source),
+        )
+        return _made(source, recipe, out, configs, dry_run, force, threads, progress)
 
 
 def repair(
@@ -170,30 +172,27 @@ def repair(
     `configs` are as for `merge`, `arch` is a file that describes an architecture of your own.
     Raises Refusal.
     """
+    if out is not None:
+        api.ready(api.output_path("", out), force)
     with open_model(model) as source:
         broken = tuple(_broken(source, archs.described(arch)))
-        before = source.nbytes
-        tensors = len(source.tensors)
-        name = source.path.name
-    if not broken:
-        return Upkeep(None, name, tensors, before, before)
-    kinds = {one.kind for one in broken}
-    named = [name for name in recipes.REPAIRS if name in kinds]
-    known = os.fspath(arch) or api.by_key(model)
-    recipe = _recipe(model, repair=named, ema="keep", shard=shard, arch=known)
-    made = _made(recipe, out, configs, dry_run, force, threads, progress)
+        if not broken:
+            nbytes = source.nbytes
+            return Upkeep(None, source.path.name, len(source.tensors), nbytes, nbytes)
+        kinds = {one.kind for one in broken}
+        named = [name for name in recipes.REPAIRS if name in kinds]
+        known = os.fspath(arch) or api.by_key(source)
+        recipe = _recipe(model, repair=named, ema="keep", shard=shard, arch=known)
+        made = _made(source, recipe, out, configs, dry_run, force, threads, progress)
     return replace(made, repairs=broken)
 
 
 def _recipe(model: PathLike, **output: Any) -> Recipe:
-    file = os.fspath(model)
-    name = recipes.model_name(file, ())
-    if isinstance(output.get("dtype"), Mapping):
-        output["dtype"] = dict(output["dtype"])
-    return recipes.from_dict({"models": {name: file}, "output": output})
+    return api.of_one(model, recipes.model_name(os.fspath(model), ()), **output)
 
 
 def _made(
+    source: Source,
     recipe: Recipe,
     out: PathLike | None,
     configs: PathLike,
@@ -208,7 +207,7 @@ def _made(
     else:
         path = Path("result.safetensors")
     recipe = api.aimed(recipe, path)
-    with planning.build(recipe) as plan:
+    with planning.build(recipe, open_file=lambda _: source) as plan:
         told = Upkeep(
             path=None,
             formula=metadata.formula(recipe),

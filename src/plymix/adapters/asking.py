@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,13 @@ from typing import Any
 from plymix import recipe as recipes
 from plymix.adapters.strengths import presets
 from plymix.errors import Refusal, listed, nearest, unknown
+from plymix.formats import Folders
 from plymix.recipe import Recipe
 
 ENDINGS = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin")
 """Of the files that a tag may mean, the first that is there."""
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.I | re.A)
-Folders = Sequence["str | os.PathLike[str]"]
-
 _TAG = re.compile(r"<(?:lora|lyco):([^<>]+)>")
 _SAMPLING = ("start", "stop", "step", "in", "out", "mid")
 """Fields of tags that tell when a LoRA works while an image is drawn."""
@@ -52,28 +51,32 @@ def asked(words: Iterable[str], folders: Folders) -> tuple[Asked, ...]:
     found: list[Asked] = []
     for word in words:
         tags = _TAG.findall(word)
-        if tags and not Path(word).exists():
+        if tags and not os.path.exists(word):
             found += (_tag(tag, folders) for tag in tags)
         else:
             found.append(_word(word))
     return tuple(found)
 
 
+def _exists(file: str) -> bool:
+    return os.path.exists(Path(file).expanduser())
+
+
 def _word(word: str) -> Asked:
     """'C:\\loras\\a:b.safetensors:0.8:0.5': numbers are taken off the end, two at most."""
     file, numbers = word, list[float]()
-    while len(numbers) < 2 and not Path(file).expanduser().exists():
+    while len(numbers) < 2 and not _exists(file):
         head, colon, tail = file.rpartition(":")
         if not colon or not head or not _NUMBER.fullmatch(tail.strip()):
             break
         file, numbers = head, [float(tail), *numbers]
     if not file or file.startswith(":"):
         raise Refusal(f"{word!r} names no LoRA file; write FILE:STRENGTH")
-    if not Path(file).expanduser().exists():
+    if not _exists(file):
         head = file
         while ":" in head:
             head = head.rpartition(":")[0]
-            if head and Path(head).expanduser().is_file():
+            if head and os.path.isfile(Path(head).expanduser()):
                 raise Refusal(
                     f"{word!r}: {word[len(head) + 1 :]!r} is no strength; write FILE:0.8, or"
                     " FILE:0.8:0.5 with the text encoder's"

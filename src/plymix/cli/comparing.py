@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from plymix.cli import screen
@@ -38,9 +37,9 @@ def diff(
     |B - A| / |A|, and the cosine. Tells when B is A plus a VAE, or A rounded to fp16, or the same
     weights under other names. Both are read once; formats, names and number formats may differ.
     """
-    from plymix import chart, difference
+    from plymix import chart, difference, outputs
 
-    path = Path(plot).expanduser() if plot else None
+    path = outputs.path_of(plot) if plot else None
     if path:
         chart.check(path, force)
     with screen.ProgressLine() as progress:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from plymix.cli.options import (
     Arch,
@@ -19,7 +19,6 @@ from plymix.cli.options import (
     argument,
     checked_threads,
 )
-from plymix.cli.recipes import planned
 from plymix.cli.showing import carry_out, show_plan, show_result
 
 EXAMPLES = {
@@ -55,16 +54,8 @@ def convert(
     path = api.output_path("", result)
     api.ready(path, force)
     checked_threads(threads)
-    recipe = api.conversion(
-        model,
-        arch,
-        layout=layout or "",
-        dtype=dtype,
-        rounding=rounding,
-        seed=seed,
-        shard=shard or 0,
-    )
-    with planned(api.aimed(recipe, path)) as plan:
+    said: dict[str, Any] = {"layout": layout or "", "dtype": dtype, "rounding": rounding}
+    with api.conversion(model, path, arch, seed=seed, shard=shard or 0, **said) as plan:
         if dry_run:
             show_plan(plan, json)
         else:

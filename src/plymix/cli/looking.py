@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -351,7 +352,7 @@ def doctor(
     """
     from plymix.doctor import rows
 
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         from plymix.errors import Refusal
 
         raise Refusal(f"{folder} is not a folder; name the one where your models are")

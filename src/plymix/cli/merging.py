@@ -103,9 +103,9 @@ def mbw(
     is the share of the second model. The blocks are IN00-IN11 (time_embed counts as IN00), M00 and
     OUT00-OUT11 (out. counts as OUT11). Without --weights everything is merged at --base_alpha.
     """
-    from plymix import api
+    from plymix import api, outputs
 
-    path = Path(output or default_name(model_1, model_2))
+    path = outputs.path_of(output or default_name(model_1, model_2))
     api.ready(path, force)
     note_presets(presets)
     recipe, shares, notes = classic(
@@ -233,11 +233,12 @@ def rest(share: float) -> float:
 
 def default_name(model_1: str, model_2: str) -> str:
     """'model1-model2-mbw.safetensors', in the current folder."""
+    from plymix import outputs
+
     stems = (
         re.sub(r"[^\w.+()-]+", "_", Path(urls.name(model)).stem) for model in (model_1, model_2)
     )
-    short = (stem.encode()[:100].decode(errors="ignore") for stem in stems)
-    return f"{'-'.join(short)}-mbw.safetensors"
+    return f"{'-'.join(outputs.shortened(stem, '', 100) for stem in stems)}-mbw.safetensors"
 
 
 def classic_formula(
@@ -343,7 +344,8 @@ def explain(
         note_presets(options.presets)
         recipe, beside = api.two_models(a, b, **options.recipe_options()), []
     if output:
-        api.ready(Path(output), force)
-        recipe = api.aimed(recipe, Path(output))
+        path = api.output_path("", output)
+        api.ready(path, force)
+        recipe = api.aimed(recipe, path)
     with planned(recipe, models, beside, strict=options.strict) as plan:
         show_plan(plan, json)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from plymix import urls
+from plymix import outputs, urls
 from plymix.cli import screen
 from plymix.cli.options import Folders, Force, Json, Presets, argument, option, weight
 from plymix.errors import Refusal
@@ -296,7 +296,7 @@ def _saved(text: str, grid: Grid, place: Place, force: bool) -> tuple[Any, Path]
     found = {id(c.recipe): c.recipe for c in grid.cells if c.row == row}
     if len(found) > 1:
         raise Refusal(f"--save {text}: row {number} is {len(found)} merges; say one in --each")
-    path = Path(file or place.out.with_name(f"{place.out.stem}-row{number}.safetensors"))
+    path = outputs.path_of(file or place.out.with_name(f"{place.out.stem}-row{number}.safetensors"))
     api.ready(path, force)
     return next(iter(found.values())), path
 
@@ -322,7 +322,7 @@ def _again(
 
     path = Path(redo)
     record = comparing.recalled(path, cell)
-    out = writable(output or f"{path.stem}-again.png", force)
+    out = writable(output or outputs.shortened(path.stem, "-again.png", 200), force)
     folders = [*models, str(path.parent), str(path.parent.parent)]
     with _kitchen(folders) as (kitchen, progress), drawing.opened(record["via"]) as (_, backend):
         kitchen.paths = comparing.known_paths(path)
@@ -363,6 +363,7 @@ def blocks(
     Beside the map come FILE-pictures.png with all pictures, a .json and an .html page. Stopped, the
     same command goes on where it was.
     """
+    from plymix.engine.files import write_whole
     from plymix.images import blocks as mapping
     from plymix.images import compare as comparing
     from plymix.images import grid as grids
@@ -402,7 +403,7 @@ def blocks(
         "whole": moved[-1],
     }
     document = comparing.as_json(told)
-    pixels.write(out.with_suffix(".json"), document.encode())
+    write_whole(out.with_suffix(".json"), document.encode())
     if json:
         screen.put(document)
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -58,7 +59,7 @@ def load(
     from plymix import recipe as recipes
 
     path = Path(file).expanduser()
-    if not path.exists():
+    if not os.path.exists(path):
         raise Refusal(f"{file} does not exist; name a recipe file (.toml)")
     found = recipes.load(path)
     for setting in settings:
@@ -98,7 +99,7 @@ def planned(
 
 def _checked(folders: Sequence[str]) -> Sequence[str]:
     for folder in folders:
-        if not Path(folder).expanduser().is_dir():
+        if not os.path.isdir(Path(folder).expanduser()):
             raise Refusal(f"--models {folder} is not a folder")
     return folders
 
@@ -244,9 +245,14 @@ def import_(
     graph or a history. Weights become the share of the second model; what a recipe cannot say is
     told.
     """
+    from plymix import outputs
     from plymix import recipe as recipes
+    from plymix.engine.files import write_whole
     from plymix.importers import import_recipe
 
+    path = outputs.path_of(output)
+    if output:
+        outputs.file(path, force)
     models = {}
     for text in model:
         name, _, where = text.partition("=")
@@ -260,11 +266,8 @@ def import_(
         screen.note(note)
     toml = recipes.to_toml(found.recipe)
     if output:
-        path = Path(output).expanduser()
-        if path.exists() and not force:
-            raise Refusal(f"{path} exists; say --force to replace it, or choose another name")
         as_json = path.suffix.lower() == ".json"
-        path.write_text(recipes.to_json(found.recipe) if as_json else toml, "utf-8")
+        write_whole(path, (recipes.to_json(found.recipe) if as_json else toml).encode())
     if json:
         screen.put_json({"recipe": recipes.to_dict(found.recipe), "notes": list(found.notes)})
     elif not output:

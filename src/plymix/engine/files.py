@@ -309,3 +309,10 @@ class AtomicFile:
     def _discard(self) -> None:
         self._close()
         self.temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a small file as a whole; one that has the name is replaced. Raises Failure."""
+    with (file := AtomicFile(path, len(data))) as target:
+        target.write_at(0, data)
+        file.commit()

@@ -30,6 +30,7 @@ __all__ = [
     "BITS",
     "FLOATS",
     "Entry",
+    "Folders",
     "Handle",
     "Layout",
     "Source",
@@ -39,6 +40,9 @@ __all__ = [
     "open_model",
     "writer_for",
 ]
+
+Folders = Sequence["str | os.PathLike[str]"]
+"""Folders to look for model files in, in their order."""
 
 WEIGHTS = ("safetensors", "torch_zip", "torch_legacy")
 """Modules of this package that read one file of weights, which may be part of a larger model."""
@@ -74,7 +78,8 @@ def open_model(path: str | os.PathLike[str]) -> Source:
                 " the transformer's or unet's weights, or its *.index.json"
             )
         return _unpacked(open_file(path))
-    if not path.exists():
+    path = path.expanduser()
+    if not os.path.exists(path):
         raise Refusal(f"{path} does not exist{_nearest(path)}")
     if path.is_dir() or path.name == "model_index.json":
         from plymix.formats import diffusers
@@ -128,7 +133,7 @@ def writer_for(path: Path) -> ModuleType:
 def is_folder_name(path: Path) -> bool:
     """Whether a result of this name is a folder: it has no ending, or one like 'v1.5'."""
     ending = path.suffix.lower()
-    return ending not in WRITERS and (not ending[1:2].isalpha() or path.is_dir())
+    return ending not in WRITERS and (not ending[1:2].isalpha() or os.path.isdir(path))
 
 
 def _nearest(path: Path) -> str:

@@ -26,6 +26,7 @@ from plymix import hashes, metadata
 from plymix import plan as planning
 from plymix import recipe as recipes
 from plymix.engine import Progress, ProgressCallback
+from plymix.engine.files import write_whole
 from plymix.errors import Cancelled, Refusal
 from plymix.expr import numbered
 from plymix.formats import Source, open_model
@@ -367,8 +368,8 @@ def finish(
             pixels.save(image, place.page(p, "difference"), {})
             written.append(place.page(p, "difference"))
     side = sidecar(drawn, place, where)
-    pixels.write(place.json, as_json(side).encode())
-    pixels.write(place.html, page.html(side, title or place.out.stem).encode())
+    write_whole(place.json, as_json(side).encode())
+    write_whole(place.html, page.html(side, title or place.out.stem).encode())
     return [*written, place.json, place.html]
 
 

@@ -12,10 +12,15 @@ import os
 from pathlib import Path
 from typing import Any
 
+from plymix import outputs
+from plymix.engine.files import write_whole
 from plymix.errors import Refusal
 from plymix.images.base import Picture, need
 
 RECORD = "plymix"
+
+BESIDE = 32
+"""Bytes by which names of what goes beside a sheet are longer: "-pictures", a page's number."""
 
 
 def pillow() -> Any:
@@ -29,20 +34,17 @@ def pillow() -> Any:
 def writable(out: str | os.PathLike[str], force: bool) -> Path:
     """The path of a picture to be. Raises Refusal where it cannot or should not be written."""
     pillow()
-    path = Path(out)
+    path = outputs.path_of(out)
     if path.suffix.lower() != ".png":
         raise Refusal(f"{path} does not end in .png")
-    if not path.parent.is_dir():
-        raise Refusal(f"the folder {path.parent} does not exist; make it first")
-    if not os.access(path.parent, os.W_OK):
-        raise Refusal(f"the folder {path.parent} is read-only; choose another place")
+    outputs.file(path, True, beside=BESIDE)
     if path.exists() and not force:
         raise Refusal(f"{path} exists; say --force to replace it (pictures that fit are kept)")
     return path
 
 
 def save(image: Any, path: Path, texts: dict[str, str]) -> None:
-    """Write a PNG under a temporary name, then under its own."""
+    """Write a PNG, whole or not at all."""
     pillow()
     from PIL.PngImagePlugin import PngInfo
 
@@ -51,17 +53,7 @@ def save(image: Any, path: Path, texts: dict[str, str]) -> None:
         info.add_text(name, text)  # as UTF-8 (iTXt) where Latin-1 does not do
     data = io.BytesIO()
     image.save(data, "PNG", pnginfo=info)
-    write(path, data.getvalue())
-
-
-def write(path: Path, data: bytes) -> None:
-    """A whole file or none."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, data.getvalue())
 
 
 def load(path: Path) -> Picture:

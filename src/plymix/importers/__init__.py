@@ -68,7 +68,7 @@ def import_recipe(
     if looks_like_text:
         return _from_text(text, "text", kind, files, entry)
     path = Path(text).expanduser()
-    if not path.exists():
+    if not os.path.exists(path):
         raise Refusal(f"{path} does not exist; name a merged model, a graph or a history")
     if path.is_dir() or path.suffix.lower() in (".safetensors", ".ckpt", ".pt"):
         from plymix.formats import open_model

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
-from plymix import api
+from plymix import api, outputs
 from plymix.errors import Refusal, listed
 from plymix.formats import Source, open_model
 from plymix.recipe import LORA_KEY, Model
@@ -279,7 +279,7 @@ class _Job:
 
     @property
     def path(self) -> Path | None:
-        return Path(self.out).expanduser() if self.out else None
+        return outputs.path_of(self.out) if self.out else None
 
     def check(self) -> None:
         """Refuse what cannot be written, before any work."""
@@ -394,10 +394,10 @@ def _gathered(
     arch = _architecture(adapters)
     model = None
     if base is not None:
-        tensors, own = tuned.tensors_of(base)
+        tensors, own, named = tuned.tensors_of(base)
         if arch not in (None, own):
             raise Refusal(
-                f"{base.path.name} is {own.title} and {adapters[0].source.path.name} is"
+                f"{base.path.name} is {named} and {adapters[0].source.path.name} is"
                 f" {adapters[0].detection.named}: they do not fit"
             )
         arch, model = own, {key: info.shape for key, info in tensors.items()}

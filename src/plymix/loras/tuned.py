@@ -34,12 +34,12 @@ def gather(
     Those of linear layers, with `conv` of convolutions, with `diffs` norms and biases. The notes
     tell what differs and cannot be in a LoRA. Raises Refusal where the models do not fit.
     """
-    after, arch = tensors_of(tuned)
-    before, other = tensors_of(base)
+    after, arch, named = tensors_of(tuned)
+    before, other, base_named = tensors_of(base)
     if arch != other:
         raise Refusal(
-            f"{tuned.path.name} is {arch.title} and {base.path.name} is {other.title}: the"
-            " difference of models of one architecture can be extracted"
+            f"{tuned.path.name} is {named} and {base.path.name} is {base_named}:"
+            " the difference of models of one architecture can be extracted"
         )
     shapes = {key: info.shape for key, info in after.items()}
     names = spelt(arch, shapes, how)
@@ -74,8 +74,11 @@ def gather(
     return Gathered(arch, how, tuple(found), tuple(notes))
 
 
-def tensors_of(source: Source) -> tuple[dict[str, TensorInfo], Architecture]:
-    """A model's tensors by canonical key. Raises Refusal for what is no model."""
+def tensors_of(source: Source) -> tuple[dict[str, TensorInfo], Architecture, str]:
+    """A model's tensors by canonical key, its architecture, and what it is in a sentence.
+
+    Raises Refusal for what is no model.
+    """
     paired = pairing.pair(source)
     arch = paired.detection.arch
     if arch is None or paired.detection.kind not in ("checkpoint", "denoiser"):
@@ -84,7 +87,8 @@ def tensors_of(source: Source) -> tuple[dict[str, TensorInfo], Architecture]:
             " denoiser, of an architecture that plymix knows"
         )
     places = {key: arch.place(key) for key in paired.tensors}
-    return {p.key: paired.tensors[key] for key, p in places.items() if p}, arch
+    tensors = {p.key: paired.tensors[key] for key, p in places.items() if p}
+    return tensors, arch, paired.detection.named
 
 
 def _wanted(info: TensorInfo, conv: bool, diffs: bool) -> bool:

@@ -7,7 +7,7 @@ input, folds nests of linear steps to one sum per tensor, and fixes the output's
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -15,7 +15,7 @@ import msgspec
 from plymix import urls
 from plymix.archs import Architecture
 from plymix.errors import Refusal
-from plymix.formats import open_model
+from plymix.formats import Folders, open_model
 from plymix.formats.base import Source
 from plymix.plan.accounting import Planner
 from plymix.plan.opening import fitted
@@ -40,7 +40,7 @@ __all__ = [
 def build(
     recipe: Recipe,
     *,
-    folders: Sequence[str | os.PathLike[str]] = (),
+    folders: Folders = (),
     paths: Mapping[str, Path] | None = None,
     strict: bool = False,
     open_file: Callable[[Path], Source] = open_model,
@@ -76,9 +76,7 @@ def build(
         raise
 
 
-def own_architecture(
-    recipe: Recipe, folders: Sequence[str | os.PathLike[str]] = ()
-) -> tuple[Recipe, Architecture | None]:
+def own_architecture(recipe: Recipe, folders: Folders = ()) -> tuple[Recipe, Architecture | None]:
     """The architecture that `recipe` describes, and the recipe with it in place of its file's name.
 
     Raises Refusal that names the file and the field.
@@ -96,16 +94,16 @@ def own_architecture(
     return recipe, own.architecture(said)
 
 
-def locate(file: str, folders: Sequence[str | os.PathLike[str]]) -> Path:
+def locate(file: str, folders: Folders) -> Path:
     """`file` as named, or in one of `folders` (by its whole relative path, then by its name)."""
     if urls.is_url(file):
         return urls.path(file)
     path = Path(file).expanduser()
-    if path.exists() or path.is_absolute():
+    if os.path.exists(path) or path.is_absolute():
         return path
-    for folder in folders:
-        for candidate in (Path(folder) / path, Path(folder) / path.name):
-            if candidate.exists():
+    for folder in (Path(folder).expanduser() for folder in folders):
+        for candidate in (folder / path, folder / path.name):
+            if os.path.exists(candidate):
                 return candidate
     return path
 
