@@ -574,6 +574,7 @@ def test_what_cannot_be_is_refused_by_name(models, tmp_path, monkeypatch):
     file = lora_file(tmp_path / "l.safetensors", changes(1))
     dora = lora_file(tmp_path / "d.safetensors", {Q: made.LINEAR["DoRA"](HEADER[Q][1], 1)})
     a, out = models / "a.safetensors", tmp_path / "o.safetensors"
+    tuned_xl = write(tmp_path / "tuned-xl.safetensors", "sdxl")
     xl = save(
         tmp_path / "xl.safetensors",
         {
@@ -595,6 +596,11 @@ def test_what_cannot_be_is_refused_by_name(models, tmp_path, monkeypatch):
         (lambda: loras.resize(file, out, size="many"), "write 150MB"),
         (lambda: loras.extract(a, a, out), "of what size"),
         (lambda: loras.extract(a, a, out, rank=2), "nothing is changed"),
+        (lambda: loras.extract(a, tuned_xl, out, rank=2), "is an SD1 check.* is an SDXL check"),
+        (
+            lambda: loras.merge([str(xl)], out, base=a),
+            "is an SD1 checkpoint and .* is a LoRA for SDXL",
+        ),
         (lambda: loras.extract(a, file, out, rank=2), "name a model, whole"),
         (lambda: loras.extract(a, a, out, rank=2, family="loha"), "lora and lokr"),
         (lambda: loras.extract(a, a, out, rank=2, factor=4), "factor = 4 is for LoKr"),

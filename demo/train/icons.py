@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from captions import Concept, concepts
+from plymix.engine.files import write_whole as write
 from plymix.errors import Failure, Refusal
-from plymix.images.pixels import write
 from settings import Settings, needed
 
 SETS = {"A": ("noto", "1.2.9"), "B": ("fluent-emoji-flat", "1.2.6")}

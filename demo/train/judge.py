@@ -33,12 +33,12 @@ import scenes
 from denoiser import GUIDANCE, STEPS
 from loop import clock
 from plymix import plan
+from plymix.engine.files import write_whole as write_bytes
 from plymix.errors import PlymixError, Refusal
 from plymix.images import Options, open_backend, rows, sheet
 from plymix.images import Settings as Asked
 from plymix.images.distance import pixel, structure
 from plymix.images.pixels import save
-from plymix.images.pixels import write as write_bytes
 from world import World
 
 FILE = "judge.safetensors"

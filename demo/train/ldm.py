@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 import captions
 import plymix
+from plymix.engine.files import write_whole as write_bytes
 from plymix.formats.base import Entry
 from plymix.formats.safetensors import layout
-from plymix.images.pixels import write as write_bytes
 from settings import Settings
 
 FILES = {"A": "emoji-shaded.safetensors", "B": "emoji-flat.safetensors"}

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from plymix.images.pixels import write
+from plymix.engine.files import write_whole as write
 from settings import Stage
 
 

@@ -17,8 +17,8 @@ from typing import Any
 import msgspec
 
 import plymix
+from plymix.engine.files import write_whole as write
 from plymix.errors import Failure, PlymixError, Refusal
-from plymix.images.pixels import write
 from settings import HOURS, SHARES, Settings, Stage, further, needed, preset
 
 STOPPED = 75

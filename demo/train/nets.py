@@ -32,7 +32,7 @@ def unet(s: Settings, device: str) -> Any:
         attention_head_dim=s.unet_heads,  # diffusers means the number of heads by it
         norm_num_groups=s.unet_groups,
     )
-    if device == "cpu":  # heads are 4 wide here: the fused kernel takes half again as long
+    if device == "cpu":  # attention step by step, as in the text encoder below
         net.set_attn_processor(AttnProcessor())
     return net.to(device)
 

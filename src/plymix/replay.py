@@ -37,18 +37,18 @@ class Verdict:
     text: str
 
 
-def embedded(path: Path) -> Recipe | Record:
+def embedded(path: str | os.PathLike[str]) -> Recipe | Record:
     """The recipe that the file `path` carries, or the record of a LoRA file made of others.
 
     Raises Refusal when it carries none.
     """
     with open_model(path) as source:
-        said = source.metadata
+        said, name = source.metadata, source.path.name
     if LORA_KEY in said and METADATA_KEY not in said:
         from plymix.loras import record
 
-        return record.from_metadata(said, path.name)
-    return recipes.from_metadata(said, path.name)
+        return record.from_metadata(said, name)
+    return recipes.from_metadata(said, name)
 
 
 def replay(
@@ -66,7 +66,7 @@ def replay(
     anywhere below `folders`. A model gives an `api.Result`, a LoRA file made of others a
     `loras.Made`. Raises Refusal that names an input that is missing or altered.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     own = _own_name(path)
     out = outputs.path_of(out or outputs.shortened(own.stem, f"-replay{own.suffix}"))
     api.ready(out, force)
@@ -110,7 +110,7 @@ def verify(
     A LoRA file made of others is made again into a temporary file. Inputs are found as by `replay`.
     Raises Refusal when there is no recipe, or an input is missing or altered.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     recipe = embedded(path)
     if not isinstance(recipe, Recipe):
         from plymix.loras import again
