@@ -23,6 +23,13 @@ from typing import Any, Union
 from plymix.formats.base import BITS, TensorInfo
 from plymix.registry import Method, get_method
 
+ROWS = 96
+"""Rows of a product of matrices that are worth computing at a time. To make the right factor ready
+for it costs the same for any number: of a convolution's rows, ten at a time take twice as long."""
+
+MOST = 1 << 20
+"""Elements that so many rows may have: each worker holds as many."""
+
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
@@ -124,9 +131,10 @@ class Delta:
         return self.factors[0][1].source
 
     def grain(self, about: int) -> int:
-        """Elements of as many whole rows as `about` elements are, one row at least."""
+        """Elements of as many whole rows as `about` elements are: ROWS where those would be fewer,
+        if they are not too long for that, and one at least."""
         row = max(1, math.prod(self.shape[1:]))
-        return max(1, about // row) * row
+        return max(1, about // row, min(ROWS, MOST // row)) * row
 
 
 Expr = Union[Leaf, Sum, Call, Patch, Narrow, Spelt, Const, Delta]

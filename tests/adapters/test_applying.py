@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import plymix
+import plymix.engine.worker
 import plymix.replay
 from loras import LINEAR, dora, loha, lokr, lora, oft
-from plymix import Refusal, archs, engine, plan
-from plymix.adapters import strengths
+from plymix import Refusal, archs, engine, expr, plan
+from plymix.adapters import placing, strengths
 from plymix.expr import leaves
 from plymix.formats import Entry, writer_for
 from plymix.recipe import from_dict
@@ -142,6 +143,25 @@ def test_threads_change_no_byte(threads, folder, tmp_path, monkeypatch):
     alone = tmp_path / "one.safetensors"
     plymix.merge(found, out=alone, threads=1)
     assert out.read_bytes() == alone.read_bytes()
+
+
+def test_each_row_of_a_product_is_computed_once(folder, tmp_path, monkeypatch):
+    """And with as many others as are worth it, however small the pieces of the work."""
+    together, asked = placing.together, []
+
+    def noted(terms, factors):
+        rows, which = together(terms, factors), terms[0][1]
+        return lambda *some: asked.append((which.factors, which.shape[0], *some)) or rows(*some)
+
+    monkeypatch.setattr(placing, "together", noted)
+    monkeypatch.setattr(expr, "ROWS", 8)
+    for module in (engine.work, engine.worker):
+        monkeypatch.setattr(module, "CHUNK", 16)
+    monkeypatch.setattr(engine.work, "SPAN", 256)
+    found = recipe(folder, {"s": step(["x", "y", "z"], [0.5, 0.25, -1])}, models="axyz")
+    plymix.merge(found, out=tmp_path / "o.safetensors", threads=1)
+    assert len(asked) == len(set(asked)) > len(KEYS)
+    assert all(stop == min(start + 8, count) for _, count, start, stop in asked)
 
 
 def test_a_bake_is_folded_with_other_sums(folder):

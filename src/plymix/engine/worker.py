@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,6 +60,7 @@ class Worker:
         self._sums: dict[Any, kernels.Sum] = {}
         self._changes: dict[Any, Callable[[int, int], Any]] = {}
         self._held = 0  # elements of the factors in `_changes`
+        self._changing = ""  # the tensor that they change
 
     def run(self, item: SumItem | ChunkItem | WholeItem) -> None:
         with np.errstate(all="ignore"):  # infinities and NaN of the result are counted and told
@@ -143,6 +145,11 @@ class Worker:
     def _chunk(self, item: ChunkItem) -> None:
         tensor = item.tensor
         size = BITS[tensor.dtype] // 8
+        _keep_memory()
+        if tensor.name != self._changing:  # the others' are done with, and in the cache's way
+            self._changing = tensor.name
+            self._changes.clear()
+            self._held = 0
         chunk = chunk_of(tensor)
         for start in range(item.start, item.start + item.numel, chunk):
             n = min(chunk, item.start + item.numel - start)
@@ -224,7 +231,10 @@ class Worker:
             arrays.append(self._added(group, part))
             coefficients.append(1.0)
         if coefficients == [1.0, 1.0] and added:
-            return arrays[0] + arrays[1]  # rounds once, too
+            if not others or not isinstance(others[0][1], Leaf):
+                return arrays[0] + arrays[1]  # rounds once, too
+            arrays[0] += arrays[1]  # what was read is nobody else's
+            return arrays[0]
         return weighted(arrays, coefficients)
 
     def _delta(self, delta: Delta, part: tuple[int, int] | None) -> Any:
@@ -378,6 +388,7 @@ def _depth(expr: Expr) -> int:
     return sum(1 for _ in calls(expr))
 
 
+@cache
 def _keep_memory() -> None:
     """Have glibc keep what is freed: a method's temporaries come and go with every chunk, and fresh
     pages cost more than its arithmetic. Other C libraries are left alone."""
