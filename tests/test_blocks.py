@@ -152,6 +152,16 @@ def test_a_map_as_json_and_gone_on_with(tmp_path, capsys):
     assert first["blocks"][0]["block"] == "IN00"
 
 
+def test_a_long_prompt_leaves_room_for_the_seed(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        "plymix.images.sheet.Pen.write", lambda self, draw, at, text, ink=None: drawn.append(text)
+    )
+    moved = [blocks.Moved("IN00", 0.0, 0.0, ({"structure": 0.0, "pixel": 0.0},))]
+    blocks.heat(moved, ["a castle by the sea, " * 9 + "\nseed 12"], "title")
+    assert "seed 12" in drawn
+
+
 def test_the_map_is_drawn_to_its_numbers():
     """The farthest block's cell is darkest; one that moves nothing is white."""
     moved = [

@@ -31,7 +31,8 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 def run(*words, code=0):
-    assert cli.run(["compare", "--backend", "fake", "--size", "64x64", *words]) == code
+    size = () if words[0] == "--redo" else ("--size", "64x64")
+    assert cli.run(["compare", "--backend", "fake", *size, *words]) == code
 
 
 def pixels(path):
@@ -58,6 +59,12 @@ def test_a_row_is_what_merge_says(pair):
     assert rows.made(("0.25", "alpha=0.75"), models) == api.two_models(*pair, alpha="0.75")
     assert rows.made(("A",), models).steps == {}
     assert [m.file for m in rows.made(("B",), models).models.values()] == [pair[1]]
+
+
+def test_a_file_name_in_a_row(pair):
+    """With spaces in quotes; a backslash is a letter of it."""
+    assert rows.split(r"0.5 vae='my vae.pt'") == ("0.5", "vae=my vae.pt")
+    assert rows.split(r"0.5 vae=C:\models\x.pt #1") == ("0.5", r"vae=C:\models\x.pt", "#1")
 
 
 def test_blocks_win_over_the_weight(pair):
@@ -411,6 +418,11 @@ def test_save_is_what_merge_writes(pair, tmp_path):
         (["--against", "9"], "rows 1 to 3"),
         (["--sampler", "eular"], "did you mean euler"),
         (["--from", "x.toml"], "leave out A and B"),
+        (["--redo", "s.json"], "leave out A and B"),
+        (["--cell", "1,2"], "--cell 1,2 is for --redo"),
+        (["--seeds", "1-4", "--x", "seed=5,6"], "the axis seed is given twice"),
+        (["--each", "0.3", "--x", "merge=A|B"], "the axis merge is given twice"),
+        (["--each", "A", "--x", "alpha=0,1"], "A is a model as it is, without alpha=0"),
     ],
 )
 def test_what_is_refused_before_anything_is_drawn(words, text, pair, tmp_path, capsys):
@@ -418,6 +430,57 @@ def test_what_is_refused_before_anything_is_drawn(words, text, pair, tmp_path, c
     assert text in capsys.readouterr().err
     assert not (tmp_path / "s").exists()
     assert not (tmp_path / "sheet").exists()
+
+
+@pytest.mark.parametrize(
+    ("backend", "option", "text"),
+    [
+        ("a1111", "--device", "--device is for --backend diffusers, not a1111"),
+        ("diffusers", "--url", "--url is for --backend a1111 or comfyui, not diffusers"),
+    ],
+)
+def test_options_of_another_backend(backend, option, text, pair, capsys):
+    assert cli.run(["compare", *pair, "--backend", backend, option, "http://x"]) == 2
+    assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["s.json", "s.html", "s"])
+def test_what_lies_there_is_left_alone(name, pair, tmp_path, capsys):
+    (tmp_path / name).write_text("mine")
+    run(*pair, "-o", "s.png", code=2)
+    assert f"{name} " in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == "mine"
+    assert [p.name for p in tmp_path.glob("s*")] == [name]
+
+
+def test_a_folder_is_no_sheet(pair, tmp_path, capsys):
+    (tmp_path / "s.png").mkdir()
+    run(*pair, "-o", "s.png", "--force", code=2)
+    assert "s.png is a folder" in capsys.readouterr().err
+
+
+def test_an_axis_of_alphas_needs_no_rows(pair, capsys):
+    run(*pair, "--x", "alpha=0,0.5,1", "-o", "s.png")
+    assert "3 pictures, 3 drawn" in capsys.readouterr().out
+    run(*pair, "--x", "merge=A|B", "-o", "t.png")
+    assert "2 pictures, 2 drawn" in capsys.readouterr().out
+
+
+def test_a_long_prompt_leaves_room_for_the_settings(pair):
+    """Over one small picture, too: the head has a line of its own for them."""
+    from plymix.images import sheet
+
+    drawn = []
+
+    def note(self, draw, at, text, ink=None):
+        drawn.append(text)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sheet.Pen, "write", note)
+        run(*pair, "--each", "A", "--prompt", "a very long prompt " * 30, "-o", "s.png")
+    told = " ".join(drawn)
+    assert "euler_a, 20 steps, CFG 7, 64x64" in told
+    assert "..." in told
 
 
 def test_an_unknown_backend_is_refused():

@@ -309,6 +309,15 @@ def test_a_server_with_another_folder(fake, pair, tmp_path):
     assert not list(there.iterdir())
 
 
+def test_a_server_that_is_another_one(fake):
+    """A web UI without `--api` answers 404; one with a password 401."""
+    first = {"a1111": "/sdapi/v1/samplers", "comfyui": "/system_stats"}[fake.name]
+    for code, hint in ((404, "tart it"), (401, "http://NAME:PASSWORD@HOST")):
+        fake.faults[first] = (code, {"detail": "no"})
+        with pytest.raises(Failure, match=f"{code} no; .*{hint}"):
+            opened(fake)
+
+
 def test_no_server_at_all(fake, pair):
     fake.server.shutdown()
     fake.server.server_close()
@@ -322,8 +331,9 @@ def test_what_is_asked_for_wrongly(fake):
         open_backend(fake.name, Options(url=fake.url))
     with pytest.raises(Refusal, match="is not a folder"):
         open_backend(fake.name, Options(url=fake.url, folder="nowhere"))
-    with pytest.raises(Refusal, match="write it as http"):
-        open_backend(fake.name, Options(url="file:///etc/passwd", folder=str(fake.folder)))
+    for url in ("file:///etc/passwd", "http://[::1", "http://127.0.0.1:port", "127.0.0.1:7860"):
+        with pytest.raises(Refusal, match="write it as http"):
+            open_backend(fake.name, Options(url=url, folder=str(fake.folder)))
 
 
 def test_a_stopped_sheet_goes_on_after_the_server_died(fake, pair, tmp_path, capsys):
@@ -360,9 +370,11 @@ def test_a_password_in_the_url_is_sent_and_not_shown(pair, tmp_path):
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     fake = FakeA1111(folder)
-    url = fake.url.replace("//", "//me:secret@")
-    backend = open_backend("a1111", Options(url=url, folder=str(folder)))
-    assert backend.server.headers["Authorization"] == "Basic bWU6c2VjcmV0"
+    for said, sent in (("me:secret", b"me:secret"), ("me:%40secret%3A%2F", b"me:@secret:/")):
+        url = fake.url.replace("//", f"//{said}@")
+        backend = open_backend("a1111", Options(url=url, folder=str(folder)))
+        told = backend.server.headers["Authorization"]
+        assert base64.b64decode(told.removeprefix("Basic ")) == sent
     assert "secret" not in backend.label
     fake.server.shutdown()
     fake.server.server_close()
@@ -377,6 +389,9 @@ def test_what_comfyui_says_of_its_failure(pair, tmp_path, monkeypatch):
     assert "failed: Allocation on device" in failing(fake, pair)
     fake.error, fake.waits = None, 10_000
     assert "drew no picture within 0.2 s" in failing(fake, pair, timeout=0.2)
-    assert "/interrupt" in fake.paths()
+    # its own graph, whether it waits or is drawn; no other user's
+    assert fake.asked[-2:] == [
+        ("/queue", {"delete": ["n1"]}), ("/interrupt", {"prompt_id": "n1"}),
+    ]  # fmt: skip
     fake.server.shutdown()
     fake.server.server_close()

@@ -13,7 +13,7 @@ from cyclopts import Parameter
 from plymix import outputs, urls
 from plymix.cli import screen
 from plymix.cli.options import Folders, Force, Json, Presets, argument, option, weight
-from plymix.errors import Refusal
+from plymix.errors import Refusal, amount
 
 if TYPE_CHECKING:
     from plymix.images import Backend, Settings
@@ -64,6 +64,11 @@ class Picture:
             width=width,
             height=height,
         ).checked()
+
+
+OF_SERVERS, IN_PROCESS = ("url", "model_folder", "keep"), ("device", "precision", "batch")
+VAIN = {"diffusers": OF_SERVERS, "a1111": IN_PROCESS, "comfyui": IN_PROCESS}
+"""Options that a backend has no use for."""
 
 
 @Parameter(name="*")
@@ -122,6 +127,10 @@ class Drawing:
         name = self.backend or via
         if self.batch < 0 or self.timeout <= 0:
             raise Refusal("--batch and --timeout are positive numbers")
+        for field in VAIN.get(name, ()):
+            if getattr(self, field):
+                who = "--backend a1111 or comfyui" if name == "diffusers" else "--backend diffusers"
+                raise Refusal(f"--{field.replace('_', '-')} is for {who}, not {name}")
         options = Options(
             self.device,
             self.precision,
@@ -204,8 +213,11 @@ def compare(
         ),
     ] = "",
     cell: Annotated[
-        str, option("Which cell: row, column and page.", default=False, metavar="R,C[,P]")
-    ] = "1,1",
+        str,
+        option(
+            "Which cell: row, column and page. [default: 1,1]", default=False, metavar="R,C[,P]"
+        ),
+    ] = "",
     drawing: Drawing = Drawing(),
     presets: Presets = "",
     models: Folders = (),
@@ -222,14 +234,26 @@ def compare(
     Stopped, the same command goes on where it was.
     """
     if redo:
-        _again(redo, cell, output, drawing, models, force, json)
+        others = {"A and B": a or b, "--each": each, "--prompt": prompt, "--seeds": seeds != "1",
+                  "settings such as --steps": picture != Picture(), "axes": x or y or pages,
+                  "--against": against, "--save": save, "--from": from_}  # fmt: skip
+        if said := [name for name, value in others.items() if value]:
+            raise Refusal(f"--redo draws a cell as it was: leave out {', '.join(said)}")
+        _again(redo, cell or "1,1", output, drawing, models, force, json)
         return
+    if cell:
+        raise Refusal(f"--cell {cell} is for --redo SHEET")
     from plymix.images import compare as comparing
     from plymix.images import grid as grids
 
     place = comparing.place(output or "sheet.png", force)
     start = _models(a, b, from_, presets)
-    known = grids.given(start, each or (("",) if from_ else ("A", "0.5", "B")), seeds, prompt)
+    own = {axis.partition("=")[0].strip() for axis in (x, y, pages) if "=" in axis}
+    for name, value in (("merge", each), ("seed", seeds != "1"), ("prompt", prompt)):
+        if value and name in own:
+            raise Refusal(f"the axis {name} is given twice")
+    usual = ("",) if from_ or own & {"merge", "alpha"} else ("A", "0.5", "B")
+    known = grids.given(start, each or usual, seeds, prompt)
     columns, down, through = grids.placed(x, y, pages, known)
     fixed = [a.values[0] for a in known if a.name not in (columns.name, down.name, through.name)]
     settings = grids.applied(picture.settings(), fixed)
@@ -253,10 +277,13 @@ def compare(
                 "cells": len(grid.cells), "seconds": drawn.seconds}  # fmt: skip
         screen.put_json(told)
         return
-    kept = len(grid.cells) - drawn.fresh
+    different = len(set(drawn.files))
+    kept, equal = different - drawn.fresh, len(grid.cells) - different
     screen.put(
-        f"{place.out}: {len(grid.cells)} pictures, {drawn.fresh} drawn in {drawn.seconds:.1f} s"
+        f"{place.out}: {amount(len(grid.cells), 'picture')},"
+        f" {drawn.fresh} drawn in {drawn.seconds:.1f} s"
         + (f", {kept} there already" if kept else "")
+        + (f", {equal} the same as others" if equal else "")
     )
     for file in (*files[1:], *made):
         screen.put(f"{file}")
@@ -371,6 +398,7 @@ def blocks(
     from plymix.images.rows import Models
 
     out = pixels.writable(output, force)
+    outputs.file(out.with_suffix(".json"), force)
     place = comparing.place(out.with_name(f"{out.stem}-pictures.png"), force)
     start = Models(a, b)
     with _kitchen(models) as (kitchen, progress), drawing.opened() as (via, backend):
@@ -387,7 +415,7 @@ def blocks(
         files = comparing.finish(drawn, place, kitchen.where(), title=title)
     moved = mapping.measured(drawn)
     names = [
-        " ".join(filter(None, (page.label, column.label)))
+        "\n".join(filter(None, (page.label, column.label)))
         for page in pages.values
         for column in columns.values
     ]
@@ -397,7 +425,7 @@ def blocks(
         "a": urls.name(a),
         "b": urls.name(b),
         "measures": mapping.ABOUT,
-        "pictures": names,
+        "pictures": [" ".join(name.split("\n")) for name in names],
         "settings": [c.settings for c in grid.cells if c.row == 0],
         "blocks": moved[:-1],
         "whole": moved[-1],

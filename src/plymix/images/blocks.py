@@ -42,7 +42,7 @@ def swaps(models: rows.Models, kitchen: Kitchen) -> grid.Axis:
     values = [grid.merge("A", models)]
     values += [grid.Value(b, words=("A", f"{b}=1")) for b in blocks]
     if "VAE" in used:
-        values.append(grid.Value("VAE", words=("A", "alpha=0", "vae=b")))
+        values.append(grid.Value("VAE", words=("0", "vae=b")))
     return grid.Axis("block", (*values, grid.merge("B", models)))
 
 
@@ -64,7 +64,8 @@ def measured(drawn: Drawn) -> tuple[Moved, ...]:
 def heat(moved: Sequence[Moved], columns: Sequence[str], title: str) -> Any:
     """The map as a Pillow image: a row per block, a column per picture, the mean in front.
 
-    The darker, the farther; scaled to the farthest block (B, the last row, apart).
+    The darker, the farther; scaled to the farthest block (B, the last row, apart). Each line of a
+    column's name may become three.
     """
     from PIL import Image, ImageDraw
 
@@ -72,7 +73,7 @@ def heat(moved: Sequence[Moved], columns: Sequence[str], title: str) -> Any:
     side, high = 72, 22
     left = max(pen.width(m.block) for m in moved) + 3 * GAP
     names = ["mean", *columns]
-    lines = [pen.wrapped(name, side - GAP, 4) for name in names]
+    lines = [pen.parts(name, side - GAP, 3) for name in names]
     width = left + side * len(names) + GAP
     heading = pen.wrapped(title, max(width, 360) - 2 * GAP, 6)
     top = GAP + pen.line * (len(heading) + max(map(len, lines))) + 2 * GAP

@@ -77,11 +77,13 @@ class ComfyUI:
             queued = self.server.json("/prompt", {"prompt": graph(settings, self._name)})
             if not isinstance(queued, dict) or "prompt_id" not in queued:
                 raise Failure(f"ComfyUI at {self.server.url} did not take the graph: {queued}")
+            number = str(queued["prompt_id"])
             try:
-                found = self._finished(str(queued["prompt_id"]))
+                found = self._finished(number)
             except BaseException:
-                with contextlib.suppress(Failure):
-                    self.server.json("/interrupt", {}, timeout=5)
+                with contextlib.suppress(Failure):  # this graph alone, not another user's
+                    self.server.json("/queue", {"delete": [number]}, timeout=5)
+                    self.server.json("/interrupt", {"prompt_id": number}, timeout=5)
                 raise
             where = urllib.parse.urlencode({k: found[k] for k in ("filename", "subfolder", "type")})
             data = self.server.bytes(f"/view?{where}")

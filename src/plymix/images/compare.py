@@ -22,7 +22,7 @@ from typing import Any
 
 import msgspec
 
-from plymix import hashes, metadata
+from plymix import hashes, metadata, outputs
 from plymix import plan as planning
 from plymix import recipe as recipes
 from plymix.engine import Progress, ProgressCallback
@@ -156,7 +156,15 @@ class Place:
 
 def place(out: str | os.PathLike[str], force: bool) -> Place:
     """Where a sheet goes. Raises Refusal where it cannot or should not."""
-    return Place(pixels.writable(out, force))
+    found = Place(pixels.writable(out, force))
+    for file in (found.json, found.html):
+        outputs.file(file, force)
+    if found.cells.exists() and not found.cells.is_dir():
+        raise Refusal(
+            f"{found.cells} is a file, and the pictures of {found.out.name} go into a folder of"
+            " that name: choose another name"
+        )
+    return found
 
 
 # --- drawing ------------------------------------------------------------------------------------
@@ -188,7 +196,8 @@ def draw(
 ) -> Drawn:
     """Draw every cell that is not there yet.
 
-    Raises Refusal before the first picture, Failure or Cancelled after it; finished pictures stay.
+    Raises Refusal for what cannot be merged, before the first picture; for what the backend cannot
+    draw, when its turn comes; Failure or Cancelled. Finished pictures stay.
     """
     began = time.monotonic()
     keys = [recipes.to_json(cell.recipe) for cell in grid.cells]
@@ -421,7 +430,8 @@ def recalled(path: Path, cell: str) -> Record:
         return found
     side = opened(path)
     try:
-        row, column, number = ([int(n) for n in cell.split(",")] + [1])[:3]
+        said = [int(n) for n in cell.split(",")]
+        row, column, number = said if len(said) == 3 else [*said, 1]
     except ValueError:
         raise Refusal(f"--cell {cell!r}: write ROW,COLUMN or ROW,COLUMN,PAGE, from 1") from None
     for one in side["cells"]:

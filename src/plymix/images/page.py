@@ -6,6 +6,7 @@ in its place; click for full size and settings.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -97,7 +98,7 @@ def _picture(side: Mapping[str, Any], cell: Mapping[str, Any]) -> str:
     json = side["sheet"].rsplit(".", 1)[0] + ".json"
     told = [cell["formula"], ""]
     told += [f"{name}: {value}" for name, value in cell["settings"].items()]
-    told += ["", f"plymix compare --redo {json} --cell {place}"]
+    told += ["", f"plymix compare --redo {shlex.quote(json)} --cell {place}"]
     return (
         f'<td><img src="{escape(quote(cell["file"]))}" loading="lazy" alt=""'
         f' data-p="{cell["page"]}" data-r="{cell["row"]}" data-c="{cell["column"]}"'

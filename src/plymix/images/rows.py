@@ -50,9 +50,11 @@ class Models:
 
 
 def split(row: str) -> tuple[str, ...]:
-    """The words of a row; quotes keep a file name with spaces together."""
+    """The words of a row; quotes keep a file name with spaces together. A backslash is a letter."""
+    words = shlex.shlex(row, posix=True, punctuation_chars=False)
+    words.whitespace_split, words.commenters, words.escape = True, "", ""
     try:
-        return tuple(shlex.split(row))
+        return tuple(words)
     except ValueError as e:
         raise Refusal(f"row {row!r}: {e}") from None
 
@@ -61,7 +63,7 @@ def label(row: str, models: Models) -> str:
     """What a row is called on the sheet: 'A: anime.safetensors'."""
     if row in ASIS and models.start is None:
         return f"{row}: {PurePath(models.files()[row]).name}"
-    return row or "the recipe"
+    return row or ("the recipe" if models.start else "")
 
 
 def made(words: Sequence[str], models: Models) -> Recipe:
@@ -72,6 +74,8 @@ def made(words: Sequence[str], models: Models) -> Recipe:
         if not equals:
             weight = word
         elif key == "alpha":
+            if weight in ASIS and models.start is None:
+                raise Refusal(f"{weight} is a model as it is, without alpha={value}; leave out one")
             weight = value
         elif "." in key:
             paths[key] = value

@@ -31,12 +31,17 @@ class Server:
     def __init__(self, name: str, options: Options, url: str, start: str) -> None:
         """`url` is where it is by default; `start` says how it is started, for messages."""
         self.name, self.start, self.timeout = name, start, options.timeout
-        said = urllib.parse.urlsplit(options.url or url)
-        if said.scheme not in ("http", "https") or not said.hostname:
+        try:
+            said = urllib.parse.urlsplit(options.url or url)
+            right = said.scheme in ("http", "https") and said.hostname and said.port != 0
+        except ValueError:  # "http://[::1", a port that is no number
+            right = False
+        if not right:
             raise Refusal(f"--url {options.url}: write it as {url}")
         self.headers = {"Content-Type": "application/json"}
         if said.username:
-            pair = f"{said.username}:{said.password or ''}"
+            name, password = (urllib.parse.unquote(s or "") for s in (said.username, said.password))
+            pair = f"{name}:{password}"
             self.headers["Authorization"] = f"Basic {base64.b64encode(pair.encode()).decode()}"
         host = said.netloc.rpartition("@")[2]
         self.url = f"{said.scheme}://{host}{said.path.rstrip('/')}"
@@ -60,7 +65,10 @@ class Server:
         except urllib.error.HTTPError as e:
             with e:
                 told = _told(e.read(1 << 16))
-            raise Failure(f"{self.name} at {self.url} refused {path}: {e.code} {told}") from None
+            hint = self._hint(e.code) if body is None else ""
+            raise Failure(
+                f"{self.name} at {self.url} refused {path}: {e.code} {told}{hint}"
+            ) from None
         except TimeoutError:
             raise self._late(path, wait) from None
         except urllib.error.URLError as e:
@@ -77,6 +85,13 @@ class Server:
         if len(found) > MOST:
             raise Failure(f"{self.url}{path} answered with more than {api.size(MOST)}")
         return found
+
+    def _hint(self, code: int) -> str:
+        if code == 401:
+            return "; say --url http://NAME:PASSWORD@HOST"
+        if code == 404:
+            return f"; is it {self.name}? {self.start[0].upper()}{self.start[1:]}, or say --url"
+        return ""
 
     def _late(self, path: str, wait: float) -> Failure:
         return Failure(

@@ -16,6 +16,8 @@ from plymix.images.pixels import pillow
 INK, PAPER, FAINT = (24, 24, 27), (255, 255, 255), (113, 113, 122)
 GAP = 4
 """Pixels between two pictures."""
+HEADING = 320
+"""Pixels that a title has room for at least, over a small picture alone."""
 
 OTHER_FONTS = (
     "NotoSansCJK-Regular.ttc", "NotoSansCJKsc-Regular.otf", "NotoSansSC-Regular.otf",
@@ -83,6 +85,10 @@ class Pen:
             found = [*found[: lines - 1], last + "..."]
         return found
 
+    def parts(self, text: str, width: int, lines: int) -> list[str]:
+        """As `wrapped`, with at most `lines` lines for each line of `text`."""
+        return [one for part in text.split("\n") for one in self.wrapped(part, width, lines)]
+
     def _fitting(self, text: str, width: int) -> int:
         low, high = 0, len(text)
         while low < high:
@@ -128,7 +134,8 @@ def pictures(
 ) -> Any:
     """A sheet as a Pillow image: pictures [rows][columns] with their labels, left and above.
 
-    Pictures keep their pixels; smaller ones lie in the middle of their column and row.
+    Pictures keep their pixels; smaller ones lie in the middle of their column and row. Each line of
+    the title may become three.
     """
     from PIL import Image, ImageDraw
 
@@ -143,7 +150,8 @@ def pictures(
         [pen.wrapped(c, w, 6) for c, w in zip(columns, widths, strict=True)] if any(columns) else []
     )
     width = left + sum(widths) + GAP * (len(columns) + 1)
-    heading = pen.wrapped(title, width - 2 * GAP, 4) if title else []
+    width = max(width, HEADING) if title else width
+    heading = pen.parts(title, width - 2 * GAP, 3) if title else []
     top = GAP + pen.line * len(heading) + (GAP if heading else 0)
     below = pen.line * max((len(n) for n in names), default=0) + (GAP if names else 0)
     height = top + below + sum(heights) + GAP * (len(rows) + 1)
