@@ -3,6 +3,7 @@
 import json
 import re
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -513,6 +514,25 @@ def moves(plans, way):
         names = set(plans[a].changes(plans[b]))
         total += sum(t.nbytes for t in plans[b].tensors if t.name in names)
     return total
+
+
+def test_the_time_left_is_that_of_pictures(pair, monkeypatch):
+    """A model that loads for an hour does not make days of ten pictures."""
+    clock, told = [0.0], []
+    monkeypatch.setattr(compare, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    class Slow(Stopping):
+        def use(self, plan):
+            clock[0] += 3600
+            super().use(plan)
+
+    known = grid.given(rows.Models(*pair), ("A",), "1-10", ())
+    axes = grid.placed("", "", "", known)
+    made = grid.build(rows.Models(*pair), known[0].values, Settings(width=64, height=64), *axes)
+    with compare.Kitchen() as kitchen:
+        place = compare.place("s.png", False)
+        compare.draw(made, kitchen, Slow(99), "fake", place, progress=told.append)
+    assert [p.seconds for p in told] == [0.0] * 10
 
 
 def test_three_merges_of_ten_seeds_are_three_merges(pair):

@@ -199,7 +199,7 @@ def draw(
     Raises Refusal for what cannot be merged, before the first picture; for what the backend cannot
     draw, when its turn comes; Failure or Cancelled. Finished pictures stay.
     """
-    began = time.monotonic()
+    began = drawing = time.monotonic()
     keys = [recipes.to_json(cell.recipe) for cell in grid.cells]
     said = {
         key: recipes.to_dict(kitchen.recorded(cell.recipe))
@@ -228,7 +228,7 @@ def draw(
     def tick(pictures: float) -> None:
         nonlocal done
         done += pictures
-        now = Progress("drawing", int(done * PART), total * PART, time.monotonic() - began)
+        now = Progress("drawing", int(done * PART), total * PART, time.monotonic() - drawing)
         if progress is not None and progress(now) is False:
             raise Cancelled("stopped")
 
@@ -238,6 +238,8 @@ def draw(
     try:
         for i in ordered(plans):
             backend.use(plans[i])
+            if not finished:  # how long a model loads is no measure of the pictures to come
+                drawing = time.monotonic()
             wanted = sorted(groups[i].values(), key=lambda n: _alike(grid.cells[n].settings))
             drawn = backend.draw([grid.cells[n].settings for n in wanted], tick)
             for n, picture in zip(wanted, drawn, strict=True):
