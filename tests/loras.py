@@ -51,7 +51,7 @@ def locon_cp(shape, seed=0, rank=3):
     out, in_, *kernel = shape
     up, mid, down = new(out, rank, 1, 1), new(rank, rank, *kernel), new(rank, in_, 1, 1)
     u, m, d = double(up[..., 0, 0], mid, down[..., 0, 0])
-    value = ALPHA / rank * np.einsum("op,pqhw,qi->oihw", u, m, d)
+    value = ALPHA / rank * np.einsum("op,pqhw,qi->oihw", u, m, d, optimize=True)
     tensors = {
         "lora_up.weight": up,
         "lora_mid.weight": mid,
@@ -81,7 +81,8 @@ def loha_cp(shape, seed=0, rank=3):
         tensors[f"hada_w{i}_a"] = new(rank, out)
         tensors[f"hada_w{i}_b"] = new(rank, in_)
     t, a, b, u, c, d = double(*tensors.values())
-    one, two = (np.einsum("ijkl,jr,ip->prkl", x, y, z) for x, y, z in ((t, b, a), (u, d, c)))
+    pairs = ((t, b, a), (u, d, c))
+    one, two = (np.einsum("ijkl,jr,ip->prkl", *xyz, optimize=True) for xyz in pairs)
     value = ALPHA / rank * one * two
     return Change(tensors | {"alpha": np.float32(ALPHA)}, lambda w: value)
 
@@ -123,7 +124,7 @@ def lokr_cp(shape, seed=0, rank=3):
         "lokr_w2_b": new(rank, in_ // 2),
     }
     w1, t, a, b = double(*tensors.values())
-    w2 = np.einsum("ijkl,jr,ip->prkl", t, b, a)
+    w2 = np.einsum("ijkl,jr,ip->prkl", t, b, a, optimize=True)
     value = ALPHA / rank * np.kron(w1[:, :, None, None], w2)
     return Change(tensors | {"alpha": np.float32(ALPHA)}, lambda w: value)
 
@@ -142,7 +143,7 @@ def glora(shape, seed=0, rank=3, old=False, core=False):
     if core:
         more["bm.weight"] = new(rank, rank, *kernel)
         (m,) = double(more["bm.weight"])
-        b = np.einsum("op,pqhw,qi->oihw", y1[..., 0, 0], m, y2[..., 0, 0])
+        b = np.einsum("op,pqhw,qi->oihw", y1[..., 0, 0], m, y2[..., 0, 0], optimize=True)
     if old:
         a1, a2, b1, b2 = a2, a1, b2, b1
     tensors = {"a1.weight": a1, "a2.weight": a2, "b1.weight": b1, "b2.weight": b2}

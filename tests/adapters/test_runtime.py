@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import plymix
+from lora_matrix import LYCORIS, PEFT
 from plymix.recipe import from_dict
 from small import load, save
 from tiny import header, state
@@ -80,40 +81,12 @@ def compare(key, wanted, baked, x):
 
 # --- LyCORIS
 
-LYCORIS = {  # module, its arguments, keys of layers it is for
-    "LoRA": ("LoConModule", {}, KOHYA),
-    "LoRA of rank-stabilised scale": ("LoConModule", {"rs_lora": True}, KOHYA),
-    "LoCon-CP": ("LoConModule", {"use_tucker": True}, (CONV,)),
-    "LoRA with a scalar": ("LoConModule", {"use_scalar": True}, KOHYA),
-    "LoHa": ("LohaModule", {}, KOHYA),
-    "LoHa-CP": ("LohaModule", {"use_tucker": True}, (CONV,)),
-    "LoKr": ("LokrModule", {"factor": 4}, KOHYA),
-    "LoKr, both products": (
-        "LokrModule", {"factor": 4, "decompose_both": True, "lora_dim": 1}, KOHYA
-    ),
-    "LoKr, both whole": ("LokrModule", {"factor": 4, "full_matrix": True}, KOHYA),
-    "LoKr-CP": ("LokrModule", {"factor": 2, "use_tucker": True, "lora_dim": 1}, (CONV,)),
-    "GLoRA": ("GLoRAModule", {}, KOHYA),
-    "IA3": ("IA3Module", {}, KOHYA),
-    "IA3 on input": ("IA3Module", {"train_on_input": True}, KOHYA),
-    "OFT": ("DiagOFTModule", {}, KOHYA),
-    "OFT, limited": ("DiagOFTModule", {"constraint": 0.01}, KOHYA),
-    "OFT, rescaled": ("DiagOFTModule", {"rescaled": True}, KOHYA),
-    "BOFT": ("ButterflyOFTModule", {}, KOHYA),
-    "BOFT, limited": ("ButterflyOFTModule", {"constraint": 0.01}, KOHYA),
-    "full": ("FullModule", {}, KOHYA),
-    "DyLoRA": ("DyLoraModule", {"block_size": 1}, KOHYA),
-    "DoRA of rows": ("LoConModule", {"weight_decompose": True, "wd_on_out": True}, KOHYA),
-    "DoRA of columns": ("LoConModule", {"weight_decompose": True, "wd_on_out": False}, KOHYA),
-    "DoRA LoHa": ("LohaModule", {"weight_decompose": True, "wd_on_out": True}, KOHYA),
-    "DoRA LoKr": (
-        "LokrModule", {"factor": 4, "weight_decompose": True, "wd_on_out": True}, KOHYA
-    ),
-}  # fmt: skip
-
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("name", "key"), [(n, k) for n, (_, _, ks) in LYCORIS.items() for k in ks])
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [(n, k) for n, (_, _, on) in LYCORIS.items() for k in ((CONV,) if on == "kernels" else KOHYA)],
+)
 def test_lycoris(name, key, base, tmp_path):
     lycoris = pytest.importorskip("lycoris.modules")
     import importlib
@@ -150,12 +123,6 @@ def test_lycoris(name, key, base, tmp_path):
 
 
 # --- PEFT
-
-PEFT = {
-    "LoRA": {},
-    "rs-LoRA": {"use_rslora": True},
-    "DoRA": {"use_dora": True},
-}
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -38,6 +38,9 @@ COMMON = {
 
 NUMBERS = ("alpha", "scalar", "on_input")
 
+PEFT_BIAS = {".lora_up.bias", ".lora_B.bias"}
+"""Ends of biases that have their LoRA's scale: of PEFT's `lora_bias`. Others are as they stand."""
+
 _PEFT_OTHERS = re.compile(
     r"(?:^|\.)(oft_[Rr]|boft_[Rs]|ia3_l|vera_lambda_[bd]|hra_u|randlora_lambda|fourierft_spectrum)"
     r"(?:\.|$)"
@@ -45,7 +48,9 @@ _PEFT_OTHERS = re.compile(
 """Methods of PEFT that are no LoRA. How a weight follows from their numbers stands in their
 configuration, which is not in the file: for OFT even the direction of the rotation does."""
 
-_PEFT_NAME = re.compile(r"(\.lora_(?:[AB]|magnitude_vector))\.[^.]+(\.(?:weight|bias)|)$")
+_PEFT_NAME = re.compile(
+    r"(\.lora_(?:[AB]|magnitude_vector))\.(?!weight$|bias$)[^.]+(\.(?:weight|bias)|)$"
+)
 """PEFT puts the adapter's name ("default") into the keys of files saved without its own saver."""
 
 
@@ -208,7 +213,7 @@ def _module(
         scale *= alpha / rank if alpha else config.scale(name, rank)
     elif "constraint" in family.numbers:
         numbers["constraint"] = alpha or 0.0
-    if param == "bias" and "down" in shared:  # PEFT's `lora_bias` has its LoRA's scale
+    if "down" in shared and parts.ends & PEFT_BIAS:
         alphas = [shared["alpha"]] if "alpha" in shared else []
         rank_of = shared["down"].shape[0]
         of = [_number(source, info) / rank_of for info in alphas]
