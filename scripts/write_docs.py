@@ -1,6 +1,7 @@
 """`make docs`: the pages of docs/ that the program itself tells, and the README's picture.
 
-    docs/reference/*.md           commands, methods, recipes, presets, architectures, Python
+    docs/reference/*.md           commands, methods, recipes, presets, architectures, LoRA files,
+                                  Python
     docs/images/block-table.svg   the block table of a merge
 
 `made()` gives them as path -> text; a test compares that with what lies in docs/. What stands here
@@ -20,13 +21,17 @@ from pathlib import Path
 from typing import Any, get_args
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
 
 import tiny_checkpoints  # noqa: E402
 from cyclopts import Parameter  # noqa: E402
 
+import lora_matrix  # noqa: E402
+import loras as lora_changes  # noqa: E402
 import plymix  # noqa: E402
 from plymix import api, archs, cli, recipe, registry, weights  # noqa: E402
+from plymix.adapters import families as lora_families  # noqa: E402
+from plymix.adapters.spelling import DIALECTS  # noqa: E402
 from plymix.archs.views import CLASSIC, view  # noqa: E402
 from plymix.cli import architectures as architectures_of  # noqa: E402
 from plymix.cli import looking, merging, screen, showing  # noqa: E402
@@ -50,6 +55,7 @@ def made() -> dict[str, str]:
         "reference/recipe.md": recipes(),
         "reference/presets.md": presets(),
         "reference/architectures.md": architectures(),
+        "reference/loras.md": lora_files(),
         "reference/python.md": python(),
         "images/block-table.svg": picture(),
     }
@@ -505,6 +511,147 @@ def keys(component: archs.model.Component) -> str:
         return component.block.split()[0]
     told = [f"`{key}` {block.replace(' ', '/')}" for key, block in component.blocks.items()]
     return "; ".join(told)
+
+
+# --- LoRA files ---------------------------------------------------------------------------------
+
+LAYERS = {  # of SD1, and of Flux: by their own names, by diffusers'
+    False: {True: "input_blocks.4.1.proj_in", False: "down_blocks.1.attentions.0.proj_in"},
+    True: {True: "double_blocks.0.img_attn.proj", False: "transformer_blocks.0.attn.to_q"},
+}
+
+
+def lora_files() -> Iterator[str]:
+    yield from page(
+        "LoRA files",
+        "What plymix reads and writes of LoRA and its kin, and how it is known to be right. How to"
+        " use them: [Add LoRAs to a model](../guide/lora.md), [Merge, extract, resize and convert]"
+        "(../guide/lora-files.md).",
+    )
+    yield from ("## Families", "")
+    yield from table(
+        ("family", "keys end with", "needs the weight"),
+        [
+            (
+                f.name,
+                code(*(f.suffixes if f.name != "IA3" else (".weight", ".on_input"))),
+                "yes" if f.on_weight else "no",
+            )
+            for f in lora_families().values()
+        ],
+    )
+    yield from (
+        "Any of them with `.dora_scale` or `.lora_magnitude_vector` is a DoRA, which needs the"
+        " weight. Those that do cannot be added up without it: they are baked, and renamed by"
+        " `plymix lora convert`, but not merged or resized.",
+        "",
+        "## Spellings",
+        "",
+    )
+    spellings = lora_matrix.SPELLINGS
+    yield from table(
+        ("spelling", "of", "a module's key", "`--to`"),
+        [
+            (
+                name,
+                s.tools,
+                code(
+                    next(iter(s.keys(LAYERS[s.of_transformers][s.own], lora_changes.lora((4, 4)))))
+                ),
+                code(*written(s)) or "read only",
+            )
+            for name, s in spellings.items()
+        ],
+    )
+    yield from (
+        "Also read: x-flux's `double_blocks.0.processor.qkv_lora1.down.weight`, which holds LoRA"
+        " alone. Text encoders are "
+        + ", ".join(
+            f"`{start}`"
+            for start in dict.fromkeys(n for names in lora_matrix.ENCODERS.values() for n in names)
+        )
+        + ". `--to` is the name in `plymix lora convert`, `merge`, `extract` and `resize`.",
+        "",
+        "## Which family in which spelling",
+        "",
+        "plymix looks modules up by name, whatever their family, so it reads every family in every"
+        " spelling. ●: tools that write the spelling have the family. ○: none is known to;"
+        " it is read, and tried, all the same.",
+        "",
+    )
+    names = dict.fromkeys((*lora_changes.LINEAR, *lora_changes.CONV))
+    yield from table(
+        ("family", "of", *spellings, "forward pass of"),
+        [
+            (
+                name,
+                "linear, convolution" if layers == 3 else ("linear", "convolution")[layers - 1],
+                *("●" if name in s.known else "○" for s in spellings.values()),
+                ", ".join(ran_by(name)),
+            )
+            for name in names
+            if (layers := (name in lora_changes.LINEAR) + 2 * (name in lora_changes.CONV))
+        ],
+    )
+    libraries = [n for n in (*lora_matrix.LYCORIS, *lora_matrix.PEFT) if n not in names]
+    yield from (
+        "Norms and biases (`.w_norm`, `.b_norm`, `.diff`, `.diff_b`) are in each of the files that"
+        " are tried. Against LyCORIS and PEFT there are also: "
+        + ", ".join(dict.fromkeys(libraries))
+        + ".",
+        "",
+        "How each cell is known:",
+        "",
+        "- **By the formula.** A small SD1 file for each spelling has every kind of module, each"
+        " with another family. The baked weights agree to 1e-5 with float64 sums that share no code"
+        " with plymix; every other tensor is copied.",
+        "- **For every architecture.** The same with its own names and, where another program's"
+        " converter is on record, with diffusers': "
+        + ", ".join(f"`{m}`" for m in lora_matrix.MODELS)
+        + ". All names of all modules of these in all spellings mean the tensor that those bakes"
+        " changed. Text encoders alike.",
+        "- **By who runs them.** For the families in the last column the library's own module is"
+        " put on a layer, its numbers drawn and saved as it saves them; its forward pass agrees"
+        " with that of the baked weight. What plymix writes is loaded by the libraries in the same"
+        " way.",
+        "",
+        "## What is refused",
+        "",
+        "- PEFT's other methods (OFT, BOFT, (IA)³, VeRA, HRA, ...): what their numbers do stands in"
+        " `adapter_config.json`, not in the file. Merge them in PEFT and extract a LoRA.",
+        "- T-LoRA: its layers change with the time step, which a weight cannot.",
+        "- diffusers' and PEFT's spellings are written for LoRA, and for DoRA by rows; other"
+        " families are refused by name there, as x-flux's would be.",
+        "- (IA)³ under names with dots, if the file holds the very modules that AuraFlow, Anima or"
+        " Cosmos-Predict2 are known by: its keys are then those of a model. No tool writes such.",
+        "- Fused q, k and v (Flux and others) of a family that depends on the weight, where one"
+        " spelling has them apart and the other has not: `convert` refuses it; `bake` reads both.",
+        "- Where tools disagree about the numbers, [decision 16](../decisions/16-loras-add-up.md)"
+        " says whose plymix has and why.",
+        "",
+    )
+
+
+def written(spelling: lora_matrix.Spelling) -> list[str]:
+    """The dialects of plymix that write this spelling."""
+    return [
+        d.name
+        for d in DIALECTS.values()
+        if (d.own, d.plain) == (spelling.own, spelling.plain)
+        and spelling.start in {d.denoiser.format(component=c) for c in ("unet", "transformer")}
+        and d.ends["down"].removeprefix(".") in ("lora_down.weight", *spelling.ends.values())
+    ]
+
+
+def ran_by(family: str) -> list[str]:
+    return [
+        title
+        for title, known in (
+            ("LyCORIS", lora_matrix.LYCORIS),
+            ("PEFT", (*lora_matrix.PEFT, *lora_matrix.PEFT_OTHERS)),
+        )
+        if family in known
+    ]
 
 
 # --- Python -------------------------------------------------------------------------------------

@@ -22,6 +22,8 @@ Shape = tuple[int, ...]
 KOHYA: Mapping[str, str] = {}
 AB = {"lora_up.weight": "lora_B.weight", "lora_down.weight": "lora_A.weight"}
 PEFT_ENDS = {**AB, "dora_scale": "lora_magnitude_vector"}
+ALL = frozenset((*LINEAR, *CONV))
+OF_LYCORIS = ALL - {"set"}
 OF_LORA = frozenset(n for n in CONV if n.startswith(("LoRA", "LoCon")))
 
 
@@ -31,7 +33,7 @@ class Spelling:
 
     `start` stands before a module's name, which is the architecture's own or diffusers', with "_"
     for "." if `plain`; `ends` are its names for the ends of kohya's keys. `known` are the families
-    that the tools which write it have, None for all; `tools` says who they are.
+    that the tools which write it have; `tools` says who they are. Some are not used for U-Nets.
     """
 
     start: str
@@ -40,7 +42,8 @@ class Spelling:
     plain: bool = False
     ends: Mapping[str, str] = field(default_factory=lambda: KOHYA)
     respell: tuple[tuple[str, str], ...] = ()
-    known: frozenset[str] | None = None
+    known: frozenset[str] = ALL
+    of_transformers: bool = False
 
     def name(self, name: str) -> str:
         for a, b in self.respell:
@@ -65,17 +68,24 @@ class Spelling:
 
 DIFFUSERS = OF_LORA | {"DoRA"}
 SPELLINGS = {
-    "kohya": Spelling("lora_unet_", "kohya, A1111, Forge, LyCORIS", own=True, plain=True),
-    "kohya, diffusers' names": Spelling("lora_unet_", "kohya for SD1 and SD2, LyCORIS", plain=True),
-    "LyCORIS": Spelling("lycoris_", "LyCORIS, SimpleTuner", plain=True),
-    "LyCORIS, own names": Spelling("lycoris_", "LyCORIS", own=True, plain=True),
+    "kohya": Spelling(
+        "lora_unet_", "kohya, A1111, Forge, LyCORIS", own=True, plain=True, known=OF_LYCORIS
+    ),
+    "kohya, diffusers' names": Spelling(
+        "lora_unet_", "kohya for SD1 and SD2, LyCORIS", plain=True, known=OF_LYCORIS
+    ),
+    "LyCORIS": Spelling("lycoris_", "LyCORIS, SimpleTuner", plain=True, known=OF_LYCORIS),
+    "LyCORIS, own names": Spelling(
+        "lycoris_", "LyCORIS", own=True, plain=True, known=OF_LYCORIS
+    ),
     "OneTrainer": Spelling(
-        "lora_transformer_", "OneTrainer", plain=True,
+        "lora_transformer_", "OneTrainer", plain=True, of_transformers=True,
         known=OF_LORA | {"LoHa", "DoRA", "DoRA LoHa"},
     ),
     "diffusers": Spelling("unet.", "diffusers", ends=PEFT_ENDS, known=DIFFUSERS),
     "ai-toolkit": Spelling(
-        "transformer.", "diffusers, ai-toolkit, SimpleTuner", ends=PEFT_ENDS, known=DIFFUSERS
+        "transformer.", "diffusers, ai-toolkit, SimpleTuner", ends=PEFT_ENDS, known=DIFFUSERS,
+        of_transformers=True,
     ),
     "old diffusers": Spelling(
         "unet.", "diffusers before 0.22",
@@ -91,14 +101,19 @@ SPELLINGS = {
         ends={k: v.replace(".weight", ".default.weight") for k, v in AB.items()}, known=DIFFUSERS,
     ),
     "PEFT, own names": Spelling(
-        "base_model.model.", "fal", own=True, ends=PEFT_ENDS, known=DIFFUSERS
+        "base_model.model.", "fal", own=True, ends=PEFT_ENDS, known=DIFFUSERS, of_transformers=True
     ),
     "ComfyUI": Spelling(
         "diffusion_model.", "ComfyUI, ai-toolkit, musubi-tuner, diffusion-pipe", own=True,
         ends=PEFT_ENDS,
     ),
-    "checkpoint": Spelling(UNET, "SAI: names as in a checkpoint", own=True, ends=PEFT_ENDS),
-    "BFL": Spelling("", "BFL's control LoRAs", own=True, ends=PEFT_ENDS, known=DIFFUSERS | {"set"}),
+    "checkpoint": Spelling(
+        UNET, "names as in a checkpoint", own=True, ends=PEFT_ENDS, known=DIFFUSERS
+    ),
+    "BFL": Spelling(
+        "", "BFL's control LoRAs", own=True, ends=PEFT_ENDS, known=DIFFUSERS | {"set"},
+        of_transformers=True,
+    ),
 }  # fmt: skip
 """Before the names of the denoiser's modules. x-flux has names of its own: test_spellings."""
 
@@ -177,6 +192,8 @@ PEFT: dict[str, dict[str, Any]] = {
     "DoRA": {"use_dora": True},
 }
 """LoraConfig's arguments by family, for linear layers and convolutions."""
+PEFT_OTHERS = ("LoHa", "LoHa-CP", "LoKr")
+"""Families of other configurations of PEFT."""
 
 
 def component_of(model: str) -> str:

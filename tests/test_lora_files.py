@@ -690,6 +690,7 @@ def test_commands(models, tmp_path, capsys, monkeypatch):
                          "--to", "diffusers", "--force")  # fmt: skip
     assert code == 0
     assert "exact" in out
+    assert not any(line.rstrip().endswith(" 0") for line in out.splitlines())  # no rank is none
     assert sorted(p.name for p in tmp_path.iterdir()) == ["l.safetensors", "m.safetensors"]
 
 

@@ -5,6 +5,7 @@ saved as they save it; the layer with plymix's baked weight must give what their
 the extra `dev`; without them there is nothing to compare with.
 """
 
+import json
 import logging
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 
 import plymix
 from lora_matrix import LYCORIS, PEFT
+from plymix import plan
 from plymix.recipe import from_dict
 from small import load, save
 from tiny import header, state
@@ -125,26 +127,30 @@ def test_lycoris(name, key, base, tmp_path):
 # --- PEFT
 
 
+def holding(one):
+    """A model of one layer."""
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.it = one
+
+        def forward(self, x):
+            return self.it(x)
+
+    return Model()
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", PEFT)
 @pytest.mark.parametrize("key", KOHYA)
 @pytest.mark.parametrize("saved_by", ["diffusers", "PEFT"])
 def test_peft(name, key, saved_by, base, tmp_path):
     peft = pytest.importorskip("peft")
-    import json
-
     torch.manual_seed(2)
 
-    class Model(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.it = layer(key, base)
-
-        def forward(self, x):
-            return self.it(x)
-
     config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["it"], **PEFT[name])
-    model = peft.get_peft_model(Model(), config)
+    model = peft.get_peft_model(holding(layer(key, base)), config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -166,5 +172,41 @@ def test_peft(name, key, saved_by, base, tmp_path):
     file = write(tmp_path / "l.safetensors", tensors, metadata)
     x = sample(key)
     baked = bake(base, file, tmp_path / "o.safetensors", 1.0)
+    assert not np.allclose(layer(key, base)(x).numpy(), model(x).detach().numpy(), atol=1e-4)
+    compare(key, model(x), baked, x)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("key", KOHYA)
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("kind", ["LoHaConfig", "LoKrConfig"])
+def test_pefts_loha_and_lokr(kind, whole, key, base, tmp_path):
+    """Their alpha stands in adapter_config.json alone; what it is, is told."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(3)
+    more = {"decompose_factor": 2, "decompose_both": not whole} if kind == "LoKrConfig" else {}
+    config = getattr(peft, kind)(
+        r=4 if whole else 1, alpha=6, target_modules=["it"], use_effective_conv2d=not whole, **more
+    )
+    model = peft.get_peft_model(holding(layer(key, base)), config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.eval()
+    raw = peft.get_peft_model_state_dict(model)
+    tensors = {
+        k.replace("base_model.model.it", f"base_model.model.{DIFFUSERS[key]}"): t.contiguous()
+        for k, t in raw.items()
+    }
+    file = write(tmp_path / "adapter_model.safetensors", tensors)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": config.r, "alpha": 6}))
+    factor = 6 / config.r
+    step = {"method": "lora", "model": "a", "loras": "l", "strength": factor}
+    models = {"a": str(base), "l": str(file)}
+    found = from_dict({"models": models, "steps": {"s": step}, "output": {}})
+    with plan.build(found) as planned:
+        assert any(f"multiply its strength by {factor:g}" in note for note in planned.notes)
+    baked, x = bake(base, file, tmp_path / "o.safetensors", factor), sample(key)
     assert not np.allclose(layer(key, base)(x).numpy(), model(x).detach().numpy(), atol=1e-4)
     compare(key, model(x), baked, x)

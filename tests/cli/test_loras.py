@@ -125,6 +125,8 @@ def test_dry_run_and_json_write_what_they_say(folder, capsys):
         (("base.safetensors", "x.safetensors", "--lbw", "1,0,1"), "12, 17, 20, 26"),
         (("base.safetensors", "x.safetensors", "--lbw", "INDD=x"), "is not BLOCK=NUMBER"),
         (("base.safetensors", "x.safetensors", "--lbw", "IN99"), "IN99"),
+        (("base.safetensors", "x.safetensors", "--lbw", "1,0,nan"), "'nan' is no number"),
+        (("base.safetensors", "<lora:x:1> <lora:x:0.5"), "'<lora:x:0.5' is no whole tag"),
         (("base.safetensors", "x.safetensors:much"), "'much' is no strength"),
     ],
 )

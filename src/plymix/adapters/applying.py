@@ -115,15 +115,18 @@ def apply_to(source: Source, index: int, model: Model) -> Applied:
 def _said_beside(adapter: Adapter) -> Iterator[str]:
     """What PEFT's configuration beside a file says of alpha, which the file itself does not tell.
 
-    A second file is no part of the recipe, so it is told and not used.
+    A second file is no part of the recipe, so it is told and not used. PEFT scales its LoKr even
+    where both factors are whole.
     """
-    scaled = [m for m in adapter.modules if m.rank and m.alpha is None and m.scale == 1]
+    scaled = [m for m in adapter.modules if (m.rank or m.family == "LoKr")
+              and m.alpha is None and m.scale == 1]  # fmt: skip
     beside = adapter.source.path.with_name("adapter_config.json")
     if not scaled or not beside.is_file():
         return
     try:
         said = json.loads(beside.read_text("utf-8"))
-        alpha, rank = float(said["lora_alpha"]), float(said["r"])
+        alpha = float(said["lora_alpha" if "lora_alpha" in said else "alpha"])
+        rank = float(said["r"])
         factor = alpha / (math.sqrt(rank) if said.get("use_rslora") else rank)
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError, AttributeError):
         return

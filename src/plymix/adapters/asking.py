@@ -51,10 +51,13 @@ def asked(words: Iterable[str], folders: Folders) -> tuple[Asked, ...]:
     found: list[Asked] = []
     for word in words:
         tags = _TAG.findall(word)
-        if tags and not os.path.exists(word):
-            found += (_tag(tag, folders) for tag in tags)
-        else:
-            found.append(_word(word))
+        if not os.path.exists(word):
+            if open_ := re.search(r"<(?:lora|lyco):.*", _TAG.sub("", word), re.S):
+                raise Refusal(f"{open_[0]!r} is no whole tag; write <lora:name:0.8>")
+            if tags:
+                found += (_tag(tag, folders) for tag in tags)
+                continue
+        found.append(_word(word))
     return tuple(found)
 
 
@@ -165,6 +168,9 @@ def factors(text: str, field: str = "--lbw") -> Any:
         raise Refusal(f"{field} is empty; give a preset, a list of numbers or block names")
     if all(map(_NUMBER.fullmatch, words)):
         return [float(word) for word in words] if len(words) > 1 else float(words[0])
+    if _NUMBER.fullmatch(words[0]):
+        odd = next(word for word in words if not _NUMBER.fullmatch(word))
+        raise Refusal(f"{field}: {odd!r} is no number, as the others of the list are")
     if len(words) == 1 and words[0].upper() in presets():
         return words[0].upper()
     table: dict[str, float] = {}

@@ -234,6 +234,7 @@ def show(made: Made) -> None:
     rows = []
     for b in made.blocks:
         rank = f"{b.rank_min}" if b.rank_min == b.rank_max else f"{b.rank_min}-{b.rank_max}"
+        rank = rank if b.rank_max else ""  # copied as it is, or whole differences alone
         error = [screen.percent(b.error)] if b.error is not None else []
         rows.append([b.block, str(b.modules), rank, *error])
     screen.table(columns, rows)
