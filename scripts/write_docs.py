@@ -613,7 +613,7 @@ def lora_files() -> Iterator[str]:
         "- **By who runs them.** For the families in the last column the library's own module is"
         " put on a layer, its numbers drawn and saved as it saves them; its forward pass agrees"
         " with that of the baked weight. What plymix writes is loaded by the libraries in the same"
-        " way.",
+        " way, and every family that `convert` renames is baked once more from the new file.",
         "",
         "## What is refused",
         "",

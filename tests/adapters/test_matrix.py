@@ -25,7 +25,7 @@ from lora_matrix import (
     picked,
 )
 from loras import CONV, LINEAR, lora
-from plymix import archs, engine, pairing, plan
+from plymix import archs, engine, loras, pairing, plan
 from plymix.adapters import Module, Names, families, read
 from plymix.adapters import change as changed
 from plymix.adapters.files import COMMON, PEFT_BIAS
@@ -106,10 +106,12 @@ def module_of(name):
     return (stem, end) if end in ("weight", "bias") else (name, "weight")
 
 
-def check(part, spelling, bases, tmp_path):
-    """A bake: what is to be changed is as wanted, all else is copied."""
+def check(part, spelling, bases, tmp_path, to=""):
+    """A bake: what is to be changed is as wanted, all else is copied. `to` converts the file."""
     changes = drawn(part, bases)
     lora = spelt_file(tmp_path / "l.safetensors", spelling, changes)
+    if to:
+        lora = loras.convert(lora, tmp_path / "c.safetensors", to=to).path
     base, tensors = bases(part.model)
     steps = {"x": {"method": "lora", "model": "a", "loras": "l", "strength": STRENGTH}}
     models = {"a": str(base), "l": str(lora)}
@@ -145,6 +147,12 @@ def denoiser(model, spelling):
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_every_family_in_every_spelling(name, bases, tmp_path):
     check(denoiser("sd1", SPELLINGS[name]), SPELLINGS[name], bases, tmp_path)
+
+
+@pytest.mark.parametrize("to", ["kohya-diffusers", "lycoris", "comfyui"])
+def test_every_family_is_written(to, bases, tmp_path):
+    spelling = SPELLINGS["kohya"]
+    check(denoiser("sd1", spelling), spelling, bases, tmp_path, to)
 
 
 # With dots the keys of (IA)^3 are those of a model, and few of them tell AuraFlow or Cosmos.
