@@ -114,12 +114,12 @@ print(code, *sys.modules, file=sys.stderr)
     [
         (("--help",), {"torch", "numpy", "numkong", "rich", "cyclopts", "msgspec"}),
         (("merge", "--help"), {"torch", "numpy", "numkong", "msgspec"}),
-        (("archs",), {"torch", "numpy", "numkong"}),
+        (("archs",), {"torch", "numpy", "numkong", "rich"}),
         (("mbw", "a", "b", "--weights", "GRAD_V", "-o", "OUT"), {"torch", "rich"}),
         (("merge", "a", "b", "-o", "OUT"), {"torch", "rich"}),
-        (("explain", "a", "b"), {"torch"}),
-        (("inspect", "a"), {"torch"}),
-        (("check", "a"), {"torch"}),
+        (("explain", "a", "b"), {"torch", "numpy", "numkong", "rich"}),
+        (("inspect", "a"), {"torch", "rich"}),
+        (("check", "a"), {"torch", "rich"}),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, tuple) else "",
 )

@@ -443,15 +443,12 @@ def blocks(
 def _bars(moved: Sequence[Moved]) -> None:
     """The map in the terminal: a bar per block, to the scale of the block that moves most."""
     most = max((m.structure for m in moved[:-1]), default=0.0)
-    made = screen.grid()
-    made.add_column("block")
     cells = max(8, screen.width() - 36)
-    made.add_column("structure", width=cells, no_wrap=True)
-    made.add_column("", justify="right")
-    made.add_column("pixel", justify="right")
+    rows = []
     for m in moved:
         whole = m is moved[-1]
         bar = "" if whole else screen.bar(m.structure / most if most else 0.0, cells, rest=" ")
         label = screen.shortened(m.block, 24) if whole else m.block
-        made.add_row(label, "(all of it)" if whole else bar, f"{m.structure:.3f}", f"{m.pixel:.3f}")
-    screen.draw(made)
+        said = (f"{m.structure:.3f}", f"{m.pixel:.3f}")
+        rows.append((label, "(all of it)" if whole else bar, *said))
+    screen.table(("block", "structure", ">", ">pixel"), rows)

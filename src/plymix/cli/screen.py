@@ -1,6 +1,6 @@
 """What is written to the terminal, and how: any encoding, any width, any file name.
 
-Text lines need no more than this file; rich is imported for tables alone.
+Nothing here needs more than this file: a library for tables takes longer to import than a plan.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from plymix.engine import Progress
 
 ASCII = str.maketrans(
@@ -26,6 +24,12 @@ ASCII = str.maketrans(
 EIGHTHS = ("", *"▏▎▍▌▋▊▉")
 WIDE = 100
 """Columns where there is no terminal to ask, and the most that tables use."""
+
+GAP = "  "
+"""Between two columns of a table."""
+
+LEAST = 16
+"""Columns that a column which folds has in any case."""
 
 
 def prepare() -> None:
@@ -111,60 +115,72 @@ def count(n: int) -> str:
     return str(n)
 
 
-def shortened(name: str, cells: int) -> str:
-    """A name in so many columns, its middle left out where it is longer."""
-    from rich.cells import cell_len, set_cell_size
+def cells(text: str) -> int:
+    """Columns that `text` takes on a terminal: two for wide letters, none for marks on others."""
+    if text.isascii():
+        return len(text)
+    from unicodedata import category, east_asian_width
 
+    return sum(
+        0 if category(c) in ("Mn", "Me") else 2 if east_asian_width(c) in "WF" else 1 for c in text
+    )
+
+
+def shortened(name: str, most: int) -> str:
+    """A name in `most` columns at most, its middle left out where it is longer."""
     name = fit(name, sys.stdout).replace("\n", "\\n")
-    if cell_len(name) <= cells:
+    if cells(name) <= most:
         return name
-    tail = name[-max(1, cells // 2 - 1) :]
-    while tail and cell_len(tail) > cells // 2:
+    tail = name[-max(1, most // 2 - 1) :]
+    while cells(tail) > most // 2:
         tail = tail[1:]
     gap = fit("…", sys.stdout)
-    head = set_cell_size(name, max(0, cells - 1 - cell_len(tail)))
-    return f"{head}{gap}{tail}"
+    return f"{_start(name, most - 1 - cells(tail))}{gap}{tail}"
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, wrap: int = -1) -> None:
     """A table of plain text; a heading that begins with '>' is right-aligned.
 
-    The column number `wrap` takes what is left of the width and folds.
+    The column number `wrap` takes what is left of the width and folds. Nothing is cut: where that
+    is too little, lines are longer than the terminal, which folds them.
     """
-    made = grid()
-    for i, column in enumerate(columns):
-        made.add_column(
-            column.lstrip(">"),
-            justify="right" if column.startswith(">") else "left",
-            overflow="fold",
-            no_wrap=i != wrap % len(columns),
-        )
-    for row in rows:
-        made.add_row(*(cell(text) for text in row))
-    draw(made)
+    shown = [[column.lstrip(">") for column in columns]]
+    shown += ([fit(text, sys.stdout).replace("\n", "\\n") for text in row] for row in rows)
+    widths = [max(map(cells, column)) for column in zip(*shown, strict=True)]
+    wrap %= len(columns)
+    others = sum(widths) - widths[wrap] + len(GAP) * (len(columns) - 1)
+    widths[wrap] = min(widths[wrap], max(LEAST, width() - others))
+    for row in shown:
+        first = True
+        for line in _folded(row[wrap], widths[wrap]) or [""]:
+            texts = (line if i == wrap else text if first else "" for i, text in enumerate(row))
+            padded = (
+                " " * (wide - cells(text)) + text
+                if column.startswith(">")
+                else text + " " * (wide - cells(text))
+                for text, wide, column in zip(texts, widths, columns, strict=True)
+            )
+            sys.stdout.write(GAP.join(padded).rstrip() + "\n")
+            first = False
 
 
-def grid() -> Table:
-    from rich.table import Table
+def _folded(text: str, most: int) -> list[str]:
+    """`text` in lines of at most `most` columns, between words where that can be."""
+    lines: list[str] = []
+    while cells(text) > most:
+        start = _start(text, most) or text[:1]
+        space = start.rfind(" ") if text[len(start) : len(start) + 1] != " " else len(start)
+        line = start[:space] if space > 0 else start
+        lines.append(line)
+        text = text[len(line) :].lstrip(" ")
+    return [*lines, text] if text else lines
 
-    return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
 
-
-def cell(text: str, style: str = "") -> Any:
-    """A cell that shows `text` as it is: no markup, no line breaks of its own."""
-    from rich.text import Text
-
-    return Text(fit(text, sys.stdout).replace("\n", "\\n"), style=style)
-
-
-def draw(made: Table) -> None:
-    from rich.console import Console
-
-    console = Console(file=sys.stdout, width=width(), markup=False, emoji=False, highlight=False)
-    with console.capture() as drawn:
-        console.print(made)
-    for line in drawn.get().splitlines():
-        sys.stdout.write(line.rstrip() + "\n")
+def _start(text: str, most: int) -> str:
+    """As much of the beginning of `text` as has `most` columns."""
+    while cells(text) > most:
+        text = text[: min(most, len(text) - 1)]
+    return text
 
 
 # --- progress -----------------------------------------------------------------------------------

@@ -161,26 +161,15 @@ def _two_files(known: list[Row], files: list[str]) -> None:
     counted = screen.width() >= 72
     side = max(9, min(24, (screen.width() - 46) // 2 if counted else (screen.width() - 24) // 2))
     cells = max(8, min(30, screen.width() - 8 - 2 * (side + 2) - 16 * counted))
-    made = screen.grid()
-    made.add_column("block")
-    made.add_column(screen.cell(screen.shortened(first, side)), justify="right", no_wrap=True)
-    made.add_column("", width=cells, no_wrap=True)
-    made.add_column(screen.cell(screen.shortened(second, side)), no_wrap=True)
-    if counted:
-        made.add_column("merged", justify="right")
-        made.add_column("copied", justify="right")
+    rows = []
     for block, mix, _, merged, copied in known:
         share = mix.get(first, 0.0)
-        drawn = screen.bar(share, cells)
-        counts = (str(merged), str(copied)) if counted else ()
-        made.add_row(
-            block,
-            screen.percent(share),
-            drawn,
-            screen.percent(mix.get(second, 0.0)),
-            *counts,
-        )
-    screen.draw(made)
+        row = [block, screen.percent(share), screen.bar(share, cells)]
+        row += [screen.percent(mix.get(second, 0.0)), str(merged), str(copied)]
+        rows.append(row if counted else row[:4])
+    names = [f">{screen.shortened(first, side)}", "", screen.shortened(second, side)]
+    columns = ["block", *names, ">merged", ">copied"]
+    screen.table(columns if counted else columns[:4], rows)
 
 
 def _many_files(known: list[Row]) -> None:
