@@ -546,7 +546,7 @@ def _hasher(files: Sequence[Path], recipe: Recipe, i: Input) -> Callable[[Callab
 
 def explained(plan: Plan) -> Explanation:
     """The account of a plan, for people and for JSON."""
-    from plymix.expr import calls, deltas, shares
+    from plymix.expr import calls, deltas, leaf_terms, shares
 
     order = [*plan.view.blocks, "BASE", "VAE", "EMA", "BUFFER"]
     rows: dict[tuple[str, str], list[Any]] = {}
@@ -566,14 +566,16 @@ def explained(plan: Plan) -> Explanation:
         methods: set[str] = set()
         for t in tensors:
             terms = shares(t.expr)
-            methods.update(call.method for call in calls(t.expr))
-            methods.update(delta.family for delta in deltas(t.expr) if delta.of is not None)
+            plain = bool(leaf_terms(t.expr))  # most are: neither a Call nor a Delta in them
+            if not plain:
+                methods.update(call.method for call in calls(t.expr))
+                methods.update(delta.family for delta in deltas(t.expr) if delta.of is not None)
             if terms:
                 total: dict[str, float] = {}
                 for coefficient, source in dict.fromkeys(terms):  # a LoRA's q, k, v count once
                     name = labels[source]
                     total[name] = total.get(name, 0.0) + coefficient
-                with_lora = any(True for _ in deltas(t.expr))
+                with_lora = not plain and any(True for _ in deltas(t.expr))
                 (adapted if with_lora else seen)[tuple(total.items())] += 1
         typical = (adapted or seen).most_common(1)
         common = dict(typical[0][0]) if typical else {}

@@ -209,9 +209,12 @@ def deltas(expr: Expr) -> Iterator[Delta]:
 
 def leaf_terms(expr: Expr) -> tuple[tuple[float, Leaf], ...]:
     """The terms of a sum of tensors, or () when `expr` is not one."""
-    terms = expr.terms if isinstance(expr, Sum) else ((1.0, expr),)
-    found = tuple((c, x) for c, x in terms if isinstance(x, Leaf))
-    return found if len(found) == len(terms) else ()
+    if isinstance(expr, Leaf):
+        return ((1.0, expr),)
+    if not isinstance(expr, Sum):
+        return ()
+    found = [(c, x) for c, x in expr.terms if isinstance(x, Leaf)]
+    return tuple(found) if len(found) == len(expr.terms) else ()
 
 
 def shares(expr: Expr) -> tuple[tuple[float, int], ...]:

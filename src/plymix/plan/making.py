@@ -559,10 +559,10 @@ class Making(Opening):
                 continue
             if fates[tensor.name].how != "merged":
                 continue
-            given = (arg for call in calls(tensor.expr) for arg in call.args)
-            for expr, fine in (*((arg, (0, 1)) for arg in given), (tensor.expr, (1,))):
-                terms = leaf_terms(expr)
-                total = math.fsum(c for c, _ in terms)
+            whole = leaf_terms(tensor.expr)
+            given = () if whole else (arg for call in calls(tensor.expr) for arg in call.args)
+            for terms, fine in (*((leaf_terms(arg), (0, 1)) for arg in given), (whole, (1,))):
+                total = math.fsum([c for c, _ in terms])
                 if terms and all(abs(total - n) > 1e-6 for n in fine):
                     totals[tensor.name] = total
         if totals:
