@@ -13,7 +13,8 @@ import re
 import unicodedata
 from collections.abc import Iterator
 from functools import cache
-from itertools import pairwise
+from itertools import chain, pairwise
+from json.encoder import encode_basestring
 from pathlib import Path
 
 START, END = 49406, 49407
@@ -32,28 +33,46 @@ def _letters() -> dict[int, str]:
     return {b: chr(b) for b in own} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
+def _pairs() -> list[str]:
+    """All merges, the earliest first: two parts with a space between."""
+    return gzip.decompress(_MERGES.read_bytes()).decode("utf-8").split("\n")
+
+
+def _spelt(pairs: list[str]) -> Iterator[str]:
+    """The tokens in the order of their ids, but for start and end."""
+    letters = _letters().values()
+    yield from letters
+    yield from (letter + "</w>" for letter in letters)
+    yield from (pair.replace(" ", "") for pair in pairs)
+
+
 @cache
-def _vocabulary() -> tuple[dict[str, int], dict[tuple[str, str], int]]:
+def _vocabulary() -> tuple[dict[str, int], dict[tuple[str, ...], int]]:
     """(token -> id, pair -> rank)."""
-    lines = gzip.decompress(_MERGES.read_bytes()).decode("utf-8").split("\n")
-    pairs = [(first, second) for first, second in map(str.split, lines)]
-    letters = list(_letters().values())
-    tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, pairs)]
-    return {t: i for i, t in enumerate(tokens)}, {pair: i for i, pair in enumerate(pairs)}
+    pairs = _pairs()
+    ids = {token: i for i, token in enumerate(_spelt(pairs))}
+    return ids, {tuple(pair.split()): i for i, pair in enumerate(pairs)}
+
+
+@cache
+def _tables() -> dict[str, bytes]:
+    """The two large files of a tokenizer, made piece by piece: a merge's memory is small."""
+    pairs = _pairs()
+    vocabulary, merges = bytearray(b"{"), bytearray(b"#version: 0.2\n")
+    for i, token in enumerate(chain(_spelt(pairs), ("<|startoftext|>", "<|endoftext|>"))):
+        vocabulary += f"{', ' if i else ''}{encode_basestring(token)}: {i}".encode()
+    for pair in pairs:
+        merges += f"{pair}\n".encode()
+    return {"vocab.json": bytes(vocabulary + b"}"), "merges.txt": bytes(merges)}
 
 
 def files(pad: str = "<|endoftext|>") -> dict[str, bytes]:
     """The files of transformers' `CLIPTokenizer`, by name. OpenCLIP's encoders pad with "!"."""
-    ids, ranks = _vocabulary()
-    marks = ("<|startoftext|>", "<|endoftext|>")
-    start, end = marks
+    start, end = "<|startoftext|>", "<|endoftext|>"
     special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": pad}
     config = {**special, "tokenizer_class": "CLIPTokenizer", "model_max_length": WINDOW + 2}
-    pairs = "".join(f"{first} {second}\n" for first, second in ranks)
-    vocabulary = {**ids, **dict(zip(marks, (START, END), strict=True))}
     return {
-        "vocab.json": json.dumps(vocabulary, ensure_ascii=False).encode(),
-        "merges.txt": f"#version: 0.2\n{pairs}".encode(),
+        **_tables(),
         "special_tokens_map.json": json.dumps(special, indent=2).encode(),
         "tokenizer_config.json": json.dumps(config, indent=2).encode(),
     }
