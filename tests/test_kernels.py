@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import tracemalloc
 
 import ml_dtypes
 import numpy as np
@@ -136,6 +137,20 @@ def test_any_length_gives_the_same_elements(dtype, out, n, backend):
         whole = total(coefficients, some, out, backend)[1]
         part = total(coefficients, [(d, x[-n:]) for d, x in some], out, backend)[1]
         assert part.tobytes() == whole[-n:].tobytes()
+
+
+@each_backend
+@pytest.mark.parametrize(("dtype", "out"), ROADS)
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_long_row_takes_no_rows_of_its_length(dtype, out, count, backend):
+    tensors = [draw(dtype, 16 * kernels.BLOCK, seed, 3.0)[1] for seed in range(count)]
+    result = np.empty(16 * kernels.BLOCK, kernels.NUMPY[out])
+    mix = kernels.Sum([(0.3, dtype)] * count, out, backend)
+    tracemalloc.start()
+    mix(result.size, tensors, result)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4 * 8 * kernels.BLOCK  # a few float64 rows of a block
 
 
 @each_backend

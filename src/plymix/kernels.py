@@ -124,12 +124,13 @@ class Sum:
             self._found = np.empty(BLOCK, _CODES[self.codes][0])
             self._flags = np.zeros(-(-BLOCK // 8) * 8, np.bool_)
         # one call for a pair, that keeps no rows between; its results are the same in any pieces
-        self._whole = self.fused and len(terms) == 2 and self.codes == out
+        alike = self.fused and len(terms) == 2 and self.codes == out and all(c for c, _ in terms)
+        self._pair = self.do.pair if alike and isinstance(self.do, NumKong) else None
         self._block = BLOCK if self.fused or self.cast else WIDE_BLOCK
         wide = 0 if self.fused or self.cast else 3
         self._rows = [np.empty(self._block, np.float64) for _ in range(wide)]
         self._single = np.empty(self._block, np.float32)
-        self._total = np.empty(BLOCK if self.fused and not self._whole else 0, np.float32)
+        self._total = np.empty(BLOCK if self.fused and not self._pair else 0, np.float32)
 
     def __call__(self, n: int, inputs: Sequence[Any], out: Any) -> None:
         views = [
@@ -138,9 +139,9 @@ class Sum:
         ]
         result = np.frombuffer(out, NUMPY[self.out], n)
         work = self._cast if self.cast else self._sum_fused if self.fused else self._sum_wide
-        if self._whole:
+        if self._pair:
             (first, second), ((c0, _), (c1, _)) = views, self.terms
-            self.do.pair(first, second, c0, c1, self.out, result)
+            self._pair(first, second, c0, c1, self.out, result)
             if not (most := self._may_cancel(views)):
                 return
             work = partial(self._mend, most)
@@ -337,14 +338,6 @@ class Backend:
             difference = x.astype(np.float64) - y
         return self.dot(difference, difference)
 
-    def pair(self, x: Any, y: Any, a: float, b: float, dtype: str, out: Any) -> None:
-        """`out = a*x + b*y` for two rows of one 16-bit dtype and an `out` of the same."""
-        first, second = np.empty(x.size, np.float32), np.empty(x.size, np.float32)
-        self.widen(x, dtype, first)
-        self.widen(y, dtype, second)
-        self.blend(first, second, a, b, first)
-        self.narrow(first, dtype, out)
-
     def blend(self, x: Any, y: Any, a: float, b: float, out: Any) -> None:
         """`out = fma(y, b, a*x)`; `out` may be either input. A coefficient 0 ignores its row.
 
@@ -416,12 +409,9 @@ class NumKong(Backend):
             self._nk.blend(x, y, alpha=a, beta=b, out=out)
 
     def pair(self, x: Any, y: Any, a: float, b: float, dtype: str, out: Any) -> None:
-        if a == 0.0 or b == 0.0:
-            super().pair(x, y, a, b, dtype, out)
-        else:
-            rows = (self._view(row, dtype) for row in (x, y, out))
-            first, second, result = rows
-            self._nk.blend(first, second, _KONG[dtype], alpha=a, beta=b, out=result)
+        """`out = a*x + b*y` of rows of one 16-bit dtype, neither a nor b 0, in one call."""
+        first, second, result = (self._view(row, dtype) for row in (x, y, out))
+        self._nk.blend(first, second, _KONG[dtype], alpha=a, beta=b, out=result)
 
 
 @lru_cache(maxsize=1)

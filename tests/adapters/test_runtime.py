@@ -141,6 +141,15 @@ def holding(one):
     return Model()
 
 
+def trained(model):
+    """`model`, with other numbers in all that PEFT trains."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model.eval()
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", PEFT)
 @pytest.mark.parametrize("key", KOHYA)
@@ -150,12 +159,7 @@ def test_peft(name, key, saved_by, base, tmp_path):
     torch.manual_seed(2)
 
     config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["it"], **PEFT[name])
-    model = peft.get_peft_model(holding(layer(key, base)), config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.05)
-    model.eval()
+    model = trained(peft.get_peft_model(holding(layer(key, base)), config))
     module = DIFFUSERS[key]
     if saved_by == "PEFT":  # the state itself, whose scale only the configuration knows
         raw = {k: t for k, t in model.state_dict().items() if "lora_" in k}
@@ -188,12 +192,7 @@ def test_pefts_loha_and_lokr(kind, whole, key, base, tmp_path):
     config = getattr(peft, kind)(
         r=4 if whole else 1, alpha=6, target_modules=["it"], use_effective_conv2d=not whole, **more
     )
-    model = peft.get_peft_model(holding(layer(key, base)), config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.05)
-    model.eval()
+    model = trained(peft.get_peft_model(holding(layer(key, base)), config))
     raw = peft.get_peft_model_state_dict(model)
     tensors = {
         k.replace("base_model.model.it", f"base_model.model.{DIFFUSERS[key]}"): t.contiguous()

@@ -40,8 +40,7 @@ class Server:
             raise Refusal(f"--url {options.url}: write it as {url}")
         self.headers = {"Content-Type": "application/json"}
         if said.username:
-            name, password = (urllib.parse.unquote(s or "") for s in (said.username, said.password))
-            pair = f"{name}:{password}"
+            pair = ":".join(urllib.parse.unquote(s or "") for s in (said.username, said.password))
             self.headers["Authorization"] = f"Basic {base64.b64encode(pair.encode()).decode()}"
         host = said.netloc.rpartition("@")[2]
         self.url = f"{said.scheme}://{host}{said.path.rstrip('/')}"

@@ -18,6 +18,9 @@ from json.encoder import encode_basestring
 from pathlib import Path
 
 START, END = 49406, 49407
+MARKS = ("<|startoftext|>", "<|endoftext|>")
+"""Start and end, as the tokenizer's files name them."""
+
 WINDOW = 75
 """Tokens that a text encoder reads at once, besides start and end."""
 
@@ -59,16 +62,16 @@ def _tables() -> dict[str, bytes]:
     """The two large files of a tokenizer, made piece by piece: a merge's memory is small."""
     pairs = _pairs()
     vocabulary, merges = bytearray(b"{"), bytearray(b"#version: 0.2\n")
-    for i, token in enumerate(chain(_spelt(pairs), ("<|startoftext|>", "<|endoftext|>"))):
+    for i, token in enumerate(chain(_spelt(pairs), MARKS)):
         vocabulary += f"{', ' if i else ''}{encode_basestring(token)}: {i}".encode()
     for pair in pairs:
         merges += f"{pair}\n".encode()
     return {"vocab.json": bytes(vocabulary + b"}"), "merges.txt": bytes(merges)}
 
 
-def files(pad: str = "<|endoftext|>") -> dict[str, bytes]:
+def files(pad: str = MARKS[1]) -> dict[str, bytes]:
     """The files of transformers' `CLIPTokenizer`, by name. OpenCLIP's encoders pad with "!"."""
-    start, end = "<|startoftext|>", "<|endoftext|>"
+    start, end = MARKS
     special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": pad}
     config = {**special, "tokenizer_class": "CLIPTokenizer", "model_max_length": WINDOW + 2}
     return {
