@@ -112,7 +112,7 @@ def _sum_fused(plan: kernels.Sum, inputs: Sequence[torch.Tensor]) -> torch.Tenso
             return (x.float().view(torch.int32) & 0x7FFFFFFF).long()
         return x.view(torch.int16).int() & 0x7FFF
 
-    small = sizes(total if plan.codes == "F32" else out)
+    small = sizes(total if plan.codes == "F32" else out).clamp(min=plan.even)
     flags = torch.zeros_like(out, dtype=torch.bool)
     for x, lost in zip(inputs, plan.lost, strict=False):
         flags |= small + lost < sizes(x)

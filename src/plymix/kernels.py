@@ -44,6 +44,14 @@ CANCELLED = 23
 """A sum's significant bits and the powers of two that its terms lose to each other may be as many
 together before float32 is too coarse for it."""
 
+EVEN = {("F16", "F16"): 0x0400, ("F16", "F32"): 0x38800000}
+"""The code, by the dtype of the result and that of the codes, below which all numbers lie equally
+far apart: 2^-14. A smaller sum has fewer significant bits, and needs no more care than this."""
+
+LARGEST = {("F16", "F16"): 0x7BFF, ("F16", "F32"): 0x477FE000, ("BF16", "BF16"): 0x7F7F,
+           ("BF16", "F32"): 0x7F7F0000}  # fmt: skip
+"""The code, in the same way, of the largest finite number."""
+
 _CODES = {
     "F16": (np.uint16, np.uint16(0x7FFF)),
     "BF16": (np.uint16, np.uint16(0x7FFF)),
@@ -103,8 +111,9 @@ def _largest(view: Any) -> int:
 class Sum:
     """`out = sum(c_i * x_i)` for fixed coefficients and dtypes.
 
-    Call it with `(n, inputs, out)`, byte buffers that hold n elements. Not thread-safe: the scratch
-    rows are its own; make one per thread.
+    Call it with `(n, inputs, out)`, byte buffers that hold n elements; it says whether it knows the
+    result to be finite everywhere. Not thread-safe: the scratch rows are its own; make one per
+    thread.
     """
 
     def __init__(self, terms: Sequence[Term], out: str, backend: Backend | None = None) -> None:
@@ -121,6 +130,10 @@ class Sum:
             # whether terms cancel is told by codes: of the dtype that all have, or of float32
             self.codes = out if {d for _, d in terms} == {out} else "F32"
             self.lost = _lost(self.terms, out, self.codes)
+            self.even = EVEN.get((out, self.codes), 0)
+            room = 1 + math.log2(max(sum(abs(c) for c, _ in terms), 1.0))
+            step = 1 << (MANTISSA[self.codes] - 1)
+            self.small = LARGEST[out, self.codes] - math.ceil(step * room)
             self._found = np.empty(BLOCK, _CODES[self.codes][0])
             self._flags = np.zeros(-(-BLOCK // 8) * 8, np.bool_)
         # one call for a pair, that keeps no rows between; its results are the same in any pieces
@@ -132,22 +145,27 @@ class Sum:
         self._single = np.empty(self._block, np.float32)
         self._total = np.empty(BLOCK if self.fused and not self._pair else 0, np.float32)
 
-    def __call__(self, n: int, inputs: Sequence[Any], out: Any) -> None:
+    def __call__(self, n: int, inputs: Sequence[Any], out: Any) -> bool:
         views = [
             np.frombuffer(x, NUMPY[dtype], n)
             for x, (_, dtype) in zip(inputs, self.terms, strict=True)
         ]
         result = np.frombuffer(out, NUMPY[self.out], n)
-        work = self._cast if self.cast else self._sum_fused if self.fused else self._sum_wide
-        if self._pair:
-            (first, second), ((c0, _), (c1, _)) = views, self.terms
-            self._pair(first, second, c0, c1, self.out, result)
-            if not (most := self._may_cancel(views)):
-                return
-            work = partial(self._mend, most)
+        work, finite = self._cast if self.cast else self._sum_wide, False
+        if self.fused:
+            most, finite = self._limits(views)
+            if self._pair:
+                (first, second), ((c0, _), (c1, _)) = views, self.terms
+                self._pair(first, second, c0, c1, self.out, result)
+                if not most:
+                    return finite
+                work = partial(self._mend, most)
+            else:
+                work = partial(self._sum_fused, most)
         for at in range(0, n, self._block):
             part = slice(at, min(at + self._block, n))
             work([x[part] for x in views], result[part])
+        return finite
 
     def _cast(self, views: list[Any], result: Any) -> None:
         (view,), dtype, n = views, self.terms[0][1], result.size
@@ -166,7 +184,7 @@ class Sum:
         self.do.widen(view, dtype, row)
         return row
 
-    def _sum_fused(self, views: list[Any], result: Any) -> None:
+    def _sum_fused(self, most: int, views: list[Any], result: Any) -> None:
         """Multiply-add after multiply-add in float32; what cancels once more in float64."""
         do, n = self.do, result.size
         total, single = self._total[:n], self._single[:n]
@@ -176,7 +194,7 @@ class Sum:
         for view, (c, dtype) in zip(views[2:], others, strict=True):
             do.blend(total, self._widened(view, dtype, single), 1.0, c, total)
         do.narrow(total, self.out, result)
-        if most := self._may_cancel(views):
+        if most:
             self._mend(most, views, result)
 
     def _sizes(self, view: Any, dtype: str) -> Any:
@@ -186,13 +204,18 @@ class Sum:
             view = self._widened(view, dtype, np.empty(view.size, np.float32))
         return view.view(kind) & unsigned
 
-    def _may_cancel(self, views: list[Any]) -> int:
-        """The code that a sum's must be below for any of its terms to cancel; 0 if none can."""
-        most = 0
-        for view, (_, dtype), lost in zip(views, self.terms, self.lost, strict=False):
-            largest = np.array([_largest(view)], f"u{view.itemsize}").view(view.dtype)
-            most = max(most, int(self._sizes(largest, dtype)[0]) - lost)
-        return most
+    def _limits(self, views: list[Any]) -> tuple[int, bool]:
+        """The code that a sum's must be below for its terms to cancel (0: none can), and whether
+        all terms are so small that the sum is finite."""
+        tops = []
+        for view, (_, dtype) in zip(views, self.terms, strict=True):
+            top = _largest(view)
+            if dtype != self.codes:
+                one = np.array([top], f"u{view.itemsize}").view(view.dtype)
+                top = int(self._sizes(one, dtype)[0])
+            tops.append(top)
+        most = max(top - lost for top, lost in zip(tops, self.lost, strict=False))
+        return most if most > self.even else 0, max(tops) < self.small
 
     def _mend(self, most: int, views: list[Any], result: Any) -> None:
         """Compute once more in float64 what cancels."""
@@ -218,7 +241,7 @@ class Sum:
         eights = np.flatnonzero(self._flags.view(np.uint64) != 0)
         near = (eights[:, None] * 8 + np.arange(8)).ravel()
         near = near[self._flags[near]]
-        small = found[near].astype(np.int64)
+        small = np.maximum(found[near], self.even).astype(np.int64)
         guilty = np.zeros(near.size, np.bool_)
         for view, (_, dtype), lost in zip(views, self.terms, self.lost, strict=False):
             guilty |= small + lost < self._sizes(view[near], dtype)

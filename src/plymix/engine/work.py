@@ -19,8 +19,9 @@ from plymix.formats.base import BITS
 SPAN = 16 << 20
 """Bytes of output per work item at most."""
 
-CHUNK = 1 << 17
-"""Elements read, computed and written at a time where the arithmetic is in float32."""
+CHUNK = 3 << 16
+"""Elements read, computed and written at a time where the arithmetic is in float32. More of them
+leave the processor's cache; with fewer, threads take turns more often than they compute."""
 
 
 @dataclass(frozen=True, slots=True)

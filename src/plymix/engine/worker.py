@@ -112,8 +112,8 @@ class Worker:
                 source.read_at(o.file, o.offset + first * o.size, buffer)
                 inputs.append(buffer)
             out = self.buffers(0, nbytes, item.at + start)
-            total(n, inputs, out)
-            self._put(item.at + start, out, item.dtype)
+            finite = total(n, inputs, out)
+            self._put(item.at + start, out, item.dtype, finite)
             self.job.add(nbytes)
 
     def _sum_on_device(self, item: SumItem) -> None:
@@ -156,10 +156,10 @@ class Worker:
             self._store(tensor, start, self.evaluate(tensor.expr, (start, n)))
             self.job.add(n * size)
 
-    def _put(self, at: int, data: Any, dtype: str) -> None:
+    def _put(self, at: int, data: Any, dtype: str, finite: bool = False) -> None:
         """Write what was computed, and remember where it holds infinities or NaN."""
         self.job.target.write_at(at, data)
-        if kernels.nonfinite(data, dtype):
+        if not finite and kernels.nonfinite(data, dtype):
             self.job.spoilt.append((at, at + len(memoryview(data).cast("B"))))
 
     def _store(self, tensor: Tensor, start: int, value: Any) -> None:

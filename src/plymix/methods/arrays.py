@@ -27,8 +27,9 @@ ROW = 1024
 Rng = Callable[[int], np.random.Generator]
 """What a random method is given: the generator of each model, by its index."""
 
-BLOCK = 1 << 15
-"""Elements per step of `blockwise` and `gram`: 128 KiB of float32, so a dozen fit in the cache."""
+BLOCK = 1 << 17
+"""Elements per step of `blockwise` and `gram`: 512 KiB of float32, a few of which fit in the cache.
+With smaller ones threads take turns more often than they compute."""
 
 LARGE = 1 << 20
 """Bytes from which an array's memory is worth keeping for the next one."""
@@ -222,9 +223,25 @@ def signed(size: Array, x: Array) -> Array:
     if not is_numpy_array(x):
         return namespace(x).copysign(size, x)
     bits = np.dtype(f"i{x.itemsize}")
-    out = x.view(bits) & np.iinfo(bits).min
-    out |= size.view(bits)
-    return out.view(x.dtype)
+    signs = x.view(bits) & np.iinfo(bits).min
+    signs |= size.view(bits)
+    return signs.view(x.dtype)
+
+
+def turned(size: Array, a: Array, b: Array, factor: float) -> Array:
+    """`size`, which is nowhere negative and is overwritten, with the signs of `a`, and `factor`
+    times that where the sign of `b` is another."""
+    if not is_numpy_array(a):
+        return signed(size, a) * choose((a < 0) ^ (b < 0), factor, 1.0)
+    bits = np.dtype(f"i{a.itemsize}")
+    one, other = (np.asarray(v, a.dtype).view(bits) for v in (1.0, factor))
+    k = a.view(bits) ^ b.view(bits)
+    k >>= 8 * a.itemsize - 1  # all bits where the signs differ
+    k &= one ^ other
+    k ^= one
+    k ^= a.view(bits) & np.iinfo(bits).min
+    size *= k.view(a.dtype)
+    return size
 
 
 def clip(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from functools import reduce
+from operator import imul
 from typing import Annotated
 
 from plymix.methods import Array
-from plymix.methods.arrays import Rng, choose, clip, lerp, namespace, normal, signed
+from plymix.methods.arrays import Rng, choose, clip, lerp, namespace, normal, signed, turned
 from plymix.methods.linear import keeps_scale
 from plymix.registry import Range, Share, method
 
@@ -29,11 +30,11 @@ def geometric_sum(a: Array, b: Array, *, alpha: Share = 0.5) -> Array:
     if alpha in (0, 1):
         return b if alpha else a
     xp = namespace(a, b)
-    r = xp.abs(a) ** (1 - alpha)
-    r *= xp.abs(b) ** alpha
-    r = signed(r, a)
-    r *= choose((a < 0) ^ (b < 0), math.cos(math.pi * alpha), 1.0)  # cos(pi (1 - x)) = -cos(pi x)
-    return r
+    r, size = xp.abs(a), xp.abs(b)
+    r **= 1 - alpha
+    size **= alpha
+    r *= size
+    return turned(r, a, b, math.cos(math.pi * alpha))  # cos(pi (1 - x)) = -cos(pi x)
 
 
 @method("elementwise")
@@ -56,13 +57,14 @@ def multiply_difference(
     """
     if alpha == beta and alpha in (0, 1):
         return b if alpha else a
-    xp = namespace(a, b, c)
-    # 0 ** 0 is 1 and would move what a model left alone
-    sizes = [xp.abs(x - c) ** e for x, e in ((a, 1 - alpha), (b, alpha)) if e]
-    size = sizes[0]
-    for other in sizes[1:]:
-        size *= other
-    r = signed(size, lerp(a, b, beta) - c)
+    xp, sizes = namespace(a, b, c), []
+    for x, e in ((a, 1 - alpha), (b, alpha)):
+        if e:  # 0 ** 0 is 1 and would move what a model left alone
+            size = xp.abs(x - c)
+            size **= e
+            sizes.append(size)
+    r = reduce(imul, sizes)
+    r = signed(r, lerp(a, b, beta) - c)
     r += c
     return r
 
