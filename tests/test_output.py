@@ -445,6 +445,19 @@ def test_a_callback_that_says_stop(tmp_path, files, target):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_result_in_the_place_of_a_model_is_called_so(tmp_path, files):
+    """`--force` is not said as if it cost nothing."""
+    a, b = (tmp_path / name for name in ("a.safetensors", "b.safetensors"))
+    for file in (a, b):
+        shutil.copy(files["sd1"], file)
+    os.symlink(b, tmp_path / "also b.safetensors")
+    before = a.read_bytes()
+    for out in (a, b, tmp_path / "also b.safetensors"):
+        with pytest.raises(Refusal, match="is one of the models to merge; choose another name"):
+            plymix.merge(a, b, out, alpha=0.3)
+    assert a.read_bytes() == b.read_bytes() == before
+
+
 def test_folders_that_are_replaced(tmp_path, files):
     out = tmp_path / "v1.5"
     plymix.convert(files["sd1"], out)

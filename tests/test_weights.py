@@ -532,6 +532,7 @@ def test_parse_refuses(text, said):
         (10**400, "w is too large a number"),
         (math.nan, "w is nan"),
         ("0.5", "a number takes no quotes"),
+        ("1.5x", "w is '1.5x', which is neither a number nor a preset"),
         ({"bloks": "GRAD_V"}, "unknown field of w 'bloks': did you mean blocks?"),
         ({"crve": "linear"}, "did you mean curve"),
         ({"curve": "linaer"}, "did you mean linear"),

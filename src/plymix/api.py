@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -282,7 +282,7 @@ def merge(
     if out is None and not _is_path(a):
         b, out = None, b
     path = output_path(a, out)
-    ready(path, force)
+    ready(path, force, (cast("PathLike", x) for x in (a, b) if _is_path(x)))
     with _plan(a, b, options, path) as plan:
         return run(plan, path, threads=threads, device=device, configs=configs, progress=progress)
 
@@ -397,8 +397,11 @@ def output_path(a: PathLike | Recipe | Expression, out: PathLike | None) -> Path
     return outputs.path_of(file)
 
 
-def ready(path: Path, force: bool) -> None:
-    """Refuse an output that cannot or should not be written, before any work."""
+def ready(path: Path, force: bool, inputs: Iterable[PathLike] = ()) -> None:
+    """Refuse an output that cannot or should not be written, before any work.
+
+    `inputs` are the files that go into it, as far as they are known.
+    """
     if os.path.exists(path) and not (path.is_file() or path.is_dir()):
         raise Refusal(f"{path} is a device or a pipe; name a file")
     if path.name in ("", ".."):
@@ -419,7 +422,7 @@ def ready(path: Path, force: bool) -> None:
                 f"{path} is a folder that holds no model, and would be replaced as a whole: choose"
                 " another name"
             )
-    outputs.free(path, force or empty)
+    outputs.free(path, force or empty, inputs)
     outputs.free(path.with_name(f"{path.stem}.safetensors.index.json"), force)
 
 

@@ -28,7 +28,7 @@ import numpy as np
 BLOCK = 1 << 17
 """Elements computed at a time in float32: three rows of it stay in a 2 MiB cache."""
 
-WIDE_BLOCK = 1 << 15
+WIDE_BLOCK = 1 << 16
 """And in float64, with more rows that are twice as wide."""
 
 NUMPY = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from plymix.errors import Refusal
@@ -48,10 +49,19 @@ def file(path: Path, force: bool, *, beside: int = 0) -> None:
     free(path, force)
 
 
-def free(path: Path, force: bool) -> None:
-    """Refuse a path that something has already, which is replaced only with `force`."""
-    if not force and os.path.exists(path):
-        raise Refusal(f"{path} exists; say --force to replace it, or choose another name")
+def free(path: Path, force: bool, inputs: Iterable[str | os.PathLike[str]] = ()) -> None:
+    """Refuse a path that something has already, which is replaced only with `force`.
+
+    Of one of the `inputs` it is said that it would be lost.
+    """
+    if force or not os.path.exists(path):
+        return
+    if any(os.path.exists(x) and os.path.samefile(x, path) for x in inputs):
+        raise Refusal(
+            f"{path} is one of the models to merge; choose another name, or say --force to have the"
+            " result in its place"
+        )
+    raise Refusal(f"{path} exists; say --force to replace it, or choose another name")
 
 
 def shortened(stem: str, ending: str, most: int = NAME) -> str:

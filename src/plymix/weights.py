@@ -246,6 +246,8 @@ def _preset(name: str, field: str, own: Own) -> str | tuple[float, ...]:
         raise Refusal(f"{field}: {name!r} is {_NO_RANDOM}; give numbers")
     if _NUMBER.fullmatch(name.strip()):
         raise Refusal(f"{field} is the text {name!r}; a number takes no quotes")
+    if _NUMBER.match(name.strip()) and not nearest(name, [*names, *own]):
+        raise Refusal(f"{field} is {name!r}, which is neither a number nor a preset")
     raise unknown(f"preset for {field}", name, [*names, *own], help="`plymix presets` lists them")
 
 

@@ -106,7 +106,7 @@ def mbw(
     from plymix import api, outputs
 
     path = outputs.path_of(output or default_name(model_1, model_2))
-    api.ready(path, force)
+    api.ready(path, force, (model_1, model_2))
     note_presets(presets)
     recipe, shares, notes = classic(
         model_1,
@@ -289,7 +289,7 @@ def merge(
 
     if output or not dry_run:
         path = api.output_path(a, output)
-        api.ready(path, force)
+        api.ready(path, force, (a, b))
     checked_threads(threads)
     note_presets(options.presets)
     recipe = api.two_models(a, b, **options.recipe_options())
