@@ -127,28 +127,28 @@ def empty(shape: tuple[int, ...], dtype: Any) -> Any:
 # -- element by element ---------------------------------------------------------------------------
 
 
-def blockwise(f: Callable[..., Array], *arrays: Array, dtype: Any = None) -> Array:
+def blockwise(f: Callable[..., Array], *arrays: Array, dtype: Any = None, grain: int = 1) -> Array:
     """`f(*arrays)` for an `f` that works element by element, computed in cache-sized pieces.
 
     The arrays have one shape, or have the same length or 1 along their first axis and broadcast
     along the others. The result has the shape of the first, and its dtype unless `dtype` (what `f`
-    gives, a mask for one) is another.
+    gives, a mask for one) is another. The pieces have a multiple of `grain` elements.
     """
     first = arrays[0]
     if all(x.shape == first.shape for x in arrays):
         arrays = tuple(flatten(x) for x in arrays)
-    return namespace(first).reshape(rowwise(f, *arrays, dtype=dtype), first.shape)
+    return namespace(first).reshape(rowwise(f, *arrays, dtype=dtype, grain=grain), first.shape)
 
 
-def rowwise(f: Callable[..., Array], *arrays: Array, dtype: Any = None) -> Array:
+def rowwise(f: Callable[..., Array], *arrays: Array, dtype: Any = None, grain: int = 1) -> Array:
     """As `blockwise`, for an `f` that works index by index of the first axis (row by row).
 
-    The pieces come in order.
+    The pieces come in order, and have a multiple of `grain` rows.
     """
     first, n, size = arrays[0], arrays[0].shape[0], numel(arrays[0])
     if size <= BLOCK or not is_numpy_array(first):
         return f(*arrays)
-    step = max(1, BLOCK * n // size)
+    step = max(1, BLOCK * n // size // grain) * grain
     out = np.empty(first.shape, dtype) if dtype else empty(first.shape, first.dtype)
     for i in range(0, n, step):
         out[i : i + step] = f(*(x if x.shape[0] == 1 else x[i : i + step] for x in arrays))
@@ -281,15 +281,18 @@ def norm(x: Array) -> float:
     return math.sqrt(dot(x, x))
 
 
-def gram(*arrays: Array, of: Callable[..., Sequence[Array]] = lambda *xs: xs) -> Any:
+def gram(
+    *arrays: Array, of: Callable[..., Sequence[Array]] = lambda *xs: xs, grain: int = 1
+) -> Any:
     """All dot products between the arrays `of(*arrays)`: float64 numpy, one row per array.
 
     `of` works element by element and is called in pieces, so `of=lambda a, b, c: (a - c, b - c)`
-    gives the products of two differences without making them.
+    gives the products of two differences without making them. The pieces have a multiple of `grain`
+    elements.
     """
     xp, flat = namespace(*arrays), [flatten(x) for x in arrays]
     n = flat[0].shape[0]
-    step = BLOCK if is_numpy_array(flat[0]) else max(n, 1)
+    step = max(1, BLOCK // grain) * grain if is_numpy_array(flat[0]) else max(n, 1)
     total: Any = 0.0
     for i in range(0, n, step):
         xs = [_cut(x) for x in of(*(x[i : i + step] for x in flat))]

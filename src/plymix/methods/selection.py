@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,15 +51,39 @@ def top_mask(
     return xp.reshape(mask, arrays[0].shape)
 
 
+class Lazy(ABC):
+    """Which elements are kept, or factors of them, told piece by piece when it is needed."""
+
+    @property
+    def grain(self) -> int:
+        """How many elements the pieces, but for the last, must have a multiple of."""
+        return 8
+
+    @abstractmethod
+    def masks(self) -> Callable[[Array], Array]:
+        """A function that gives the mask of each piece of the scores, called in their order."""
+
+
+def packed_top_mask(k: int, scores: Array) -> Array | Packed:
+    """`top_mask` of scores that are at hand, in a bit per element for numpy's."""
+    if not is_numpy_array(scores):
+        return top_mask(k, lambda s: s, scores)
+    flat, bits = flatten(scores), np.zeros(-(-numel(scores) // 8), np.uint8)
+    if k > 0:
+        mask = largest(k, lambda s: s, flat).masks()
+        for i in range(0, flat.shape[0], BLOCK):
+            bits[i // 8 : (i + BLOCK) // 8] = np.packbits(mask(flat[i : i + BLOCK]))
+    return Packed(bits)
+
+
 @dataclass(frozen=True)
-class Largest:
+class Largest(Lazy):
     """The elements of a tensor whose score is above `cut`, and the first `equals` that equal it."""
 
     cut: float
     equals: float
 
     def masks(self) -> Callable[[Array], Array]:
-        """A function that gives the mask of each piece of the scores, called in their order."""
         cut, equals = self.cut, self.equals
 
         def mask(scores: Array) -> Array:
@@ -75,8 +100,43 @@ class Largest:
         return mask
 
 
+@dataclass(frozen=True)
+class Without(Lazy):
+    """The elements of `largest` (None: all) but for those of `smaller`, which are some of them."""
+
+    largest: Largest | None
+    smaller: Largest
+
+    def masks(self) -> Callable[[Array], Array]:
+        more, less = self.largest.masks() if self.largest else None, self.smaller.masks()
+
+        def mask(scores: Array) -> Array:
+            return more(scores) ^ less(scores) if more else ~less(scores)
+
+        return mask
+
+
 @dataclass(frozen=True, eq=False)
-class Drawn:
+class Packed(Lazy):
+    """A mask of one bit per element, as those of bytes would outgrow the tensor."""
+
+    bits: Any
+
+    def masks(self) -> Callable[[Array], Array]:
+        at = 0
+
+        def mask(scores: Array) -> Array:
+            nonlocal at
+            n = scores.shape[0]
+            found = np.unpackbits(self.bits[at : at + -(-n // 8)], count=n)
+            at += n // 8
+            return found.view(np.bool_)
+
+        return mask
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn(Lazy):
     """A mask of `n` elements, each true with probability `p`: drawn when it is needed, as masks of
     several models would outgrow the tensor.
 
@@ -91,7 +151,7 @@ class Drawn:
     p: float
 
     def masks(self) -> Callable[[Array], Array]:
-        """As `Largest.masks`; the pieces but for the last have a multiple of 8 elements.
+        """As for any `Lazy`.
 
         Where there are several, `rng` gives the same generator twice, anew: the second one is at
         the words for elements at the cut.
@@ -126,24 +186,33 @@ def largest(
 
 
 def kth_largest(k: int, score: Callable[..., Array], *arrays: Array) -> tuple[float, int]:
-    """The k-th largest of `score(*arrays)`, counted from 1, and how many are larger.
+    """The k-th largest of `score(*arrays)`, counted from 1, and how many are larger."""
+    return each_kth_largest([k], score, *arrays)[0]
 
-    `score` is as in `top_mask`. A sample tells two numbers that the answer nearly always lies
-    between. In one pass in pieces the scores outside are counted and those between kept, a few per
-    cent, to be partitioned. Where that fails all scores are.
+
+def each_kth_largest(
+    ks: Sequence[int], score: Callable[..., Array], *arrays: Array
+) -> list[tuple[float, int]]:
+    """`kth_largest` for each k of `ks`, in one pass. `score` works element by element.
+
+    A sample tells two numbers that the answer nearly always lies between. In one pass in pieces the
+    scores outside are counted and those between kept, a few per cent, to be partitioned. Where that
+    fails all scores are.
     """
     xp, n, flat = namespace(*arrays), numel(arrays[0]), [flatten(x) for x in arrays]
     if not is_numpy_array(flat[0]):
         scores = score(*flat)
-        cut = float(xp.sort(scores)[n - k])
-        return cut, int(xp.count_nonzero(scores > cut))
-    found = _between(k, *_bracket(k, score, flat), score, flat) if n >= 8 * SAMPLE else None
-    if found is None:
+        cuts = xp.sort(scores)
+        return [(float(c), int(xp.count_nonzero(scores > c))) for c in (cuts[n - k] for k in ks)]
+    found: list[tuple[float, int] | None] = [None] * len(ks)
+    if n >= 8 * SAMPLE:
+        found = _between(ks, [_bracket(k, score, flat) for k in ks], score, flat)
+    if None in found:
         scores = blockwise(score, *flat)
         if any(np.may_share_memory(scores, x) for x in arrays):
             scores = scores.copy()
-        found = _partitioned(k, scores)
-    return found
+        found = [f or _partitioned(k, scores) for f, k in zip(found, ks, strict=True)]
+    return [f for f in found if f is not None]
 
 
 def _partitioned(k: int, scores: Any) -> tuple[float, int]:
@@ -152,7 +221,7 @@ def _partitioned(k: int, scores: Any) -> tuple[float, int]:
     Floats >= 0 sort like the integers of their bits, which numpy partitions twice as fast.
     """
     at = scores.shape[0] - k
-    scores.view(f"i{scores.itemsize}").partition(at)
+    (scores.view(f"i{scores.itemsize}") if scores.min() >= 0 else scores).partition(at)
     cut = float(scores[at])
     return cut, int(np.count_nonzero(scores[at:] > cut))
 
@@ -166,18 +235,21 @@ def _bracket(k: int, score: Callable[..., Array], flat: list[Array]) -> tuple[fl
     share = 1 - k / n
     middle, spread = SAMPLE * share, 4 * math.sqrt(SAMPLE * share * (1 - share)) + 2
     first, last = int(middle - spread), int(middle + spread) + 1
-    low = sample[first] if first >= 0 else sample.dtype.type(0)
+    low = sample[first] if first >= 0 else min(sample[0], sample.dtype.type(0))
     high = sample[last] if last < SAMPLE else sample.dtype.type(np.inf)
     return float(low), float(max(high, np.nextafter(low, np.inf, dtype=sample.dtype)))
 
 
 def _between(
-    k: int, low: float, high: float, score: Callable[..., Array], flat: list[Array]
-) -> tuple[float, int] | None:
-    """As `kth_largest`, if it lies between `low` and `high`, which may be equal to it.
+    ks: Sequence[int],
+    brackets: Sequence[tuple[float, float]],
+    score: Callable[..., Array],
+    flat: list[Array],
+) -> list[tuple[float, int] | None]:
+    """As `each_kth_largest`, of those that lie in their bracket, whose ends may equal them.
 
-    What equals them is not kept: differences of 16-bit floats have so few values that the same one
-    may be half of a tensor.
+    What equals the ends is not kept: differences of 16-bit floats have so few values that the same
+    one may be half of a tensor.
     """
 
     def pieces() -> Iterator[Array]:
@@ -187,37 +259,56 @@ def _between(
     def count(test: Callable[[Array], Array]) -> int:
         return sum(int(np.count_nonzero(test(s))) for s in pieces())
 
-    above, inside = 0, []
+    aboves = [0] * len(ks)
+    insides: list[list[Array]] = [[] for _ in ks]
     for s in pieces():
-        over = s >= high
-        above += int(np.count_nonzero(over))
-        inside.append(s[(s > low) ^ over])
-    inner = np.concatenate(inside)
-    if above < k <= above + inner.shape[0]:
-        cut, larger = _partitioned(k - above, inner)
-        return cut, above + larger
-    if k <= above:
-        larger = count(lambda s: s > high)
-        return (high, larger) if larger < k else None
-    larger = above + inner.shape[0]
-    return (low, larger) if count(lambda s: s >= low) >= k else None
+        for j, (low, high) in enumerate(brackets):
+            marked = s >= high
+            aboves[j] += int(np.count_nonzero(marked))
+            marked ^= s > low
+            insides[j].append(s[np.flatnonzero(marked)])
+
+    def found(
+        k: int, low: float, high: float, above: int, inside: list[Array]
+    ) -> tuple[float, int] | None:
+        inner = np.concatenate(inside)
+        if above < k <= above + inner.shape[0]:
+            cut, larger = _partitioned(k - above, inner)
+            return cut, above + larger
+        if k <= above:
+            larger = count(lambda s: s > high)
+            return (high, larger) if larger < k else None
+        larger = above + inner.shape[0]
+        return (low, larger) if count(lambda s: s >= low) >= k else None
+
+    each = zip(ks, brackets, aboves, insides, strict=True)
+    return [found(k, *bracket, above, inside) for k, bracket, above, inside in each]
 
 
 def row_ranks(x: Array) -> Array:
     """Rank 0..m-1 of each element in its row of a 2-D `x` >= 0; of equals the earlier is lower."""
     xp = namespace(x)
+    return by_rank(xp.arange(x.shape[1], dtype=xp.int64, device=device(x)), x)
+
+
+def by_rank(values: Array, x: Array) -> Array:
+    """`values[r]` where r is the rank of an element in its row, see `row_ranks`: shaped as `x`.
+
+    The keys that are sorted take 8 bytes an element: call it for some rows at a time.
+    """
+    xp = namespace(x)
     if not is_numpy_array(x) or x.dtype != np.float32:
         order = xp.argsort(x, axis=-1, stable=True)
-        return xp.argsort(order, axis=-1, stable=True)
-    # Bits and column share one 64-bit key: a plain sort of those is a stable argsort, and faster.
+        return values[xp.argsort(order, axis=-1, stable=True)]
+    # Bits and index share one 64-bit key: a plain sort of those is a stable argsort, and faster.
     keys = np.ascontiguousarray(x).view(np.uint32).astype(np.int64)
     keys <<= 32
-    keys |= np.arange(x.shape[1])
+    keys |= np.arange(x.size).reshape(x.shape)
     keys.sort(axis=-1)
     keys &= 0xFFFFFFFF
-    ranks = np.empty(x.shape, np.int64)
-    np.put_along_axis(ranks, keys, np.arange(x.shape[1])[None], axis=-1)
-    return ranks
+    found = np.empty(x.size, values.dtype)
+    found[keys.reshape(-1)] = np.broadcast_to(values, x.shape).reshape(-1)
+    return found.reshape(x.shape)
 
 
 def as_matrix(x: Array) -> Array:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from plymix.methods import Array, model_weights
 from plymix.methods.arrays import numel
-from plymix.methods.selection import top_mask
+from plymix.methods.selection import Largest, Lazy, Without, each_kth_largest, top_mask
 from plymix.methods.task.ties import merge_agreeing
 from plymix.methods.task.vectors import distance, merge
 from plymix.registry import Share, method
@@ -21,9 +21,20 @@ def _crumbs(
     top = max(min(top, n - kept), 0)
     if kept >= n:
         return [None] * len(models)
-    return [
-        top_mask(kept + top, distance, base, x) & ~top_mask(top, distance, base, x) for x in models
-    ]
+    return [_between(kept + top, top, base, x) for x in models]
+
+
+def _between(k: int, top: int, base: Array, x: Array) -> Array | Lazy:
+    """What keeps the `k` largest |d| but for the `top` largest."""
+    n = numel(base)
+    if k == 0:
+        return top_mask(0, distance, base, x)
+    ks = [i for i in (k, top) if 0 < i < n]
+    cuts = zip(ks, each_kth_largest(ks, distance, base, x), strict=True)
+    found = [Largest(cut, i - larger) for i, (cut, larger) in cuts]
+    if top == 0:
+        return found[0]
+    return Without(found[0] if k < n else None, found[-1])
 
 
 @method("tensor")

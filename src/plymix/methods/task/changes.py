@@ -6,21 +6,20 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import numpy as np
+from array_api_compat import is_numpy_array
 
 from plymix.methods import Array
 from plymix.methods.arrays import (
-    BLOCK,
     add_up,
     blockwise,
     choose,
     clip,
-    flatten,
     gram,
-    kth_smallest,
     namespace,
     numel,
+    rowwise,
 )
-from plymix.methods.selection import mask_where, top_mask
+from plymix.methods.selection import each_kth_largest, packed_top_mask
 from plymix.methods.task.vectors import as_float, distance, merge, products
 from plymix.registry import Range, Share, method
 
@@ -47,9 +46,10 @@ def sce(
     n = len(models)
     mask = None
     if select < 1:
-        xp = namespace(base)
-        varied = mask_where(lambda *xs: _variance(*xs) != 0, base, *models)
-        mask = top_mask(int(select * int(xp.count_nonzero(varied))), _variance, base, *models)
+        variance = blockwise(_variance, base, *models)
+        varied = int(namespace(base).count_nonzero(variance))
+        mask = packed_top_mask(int(select * varied), variance)
+        del variance  # makes room for the result
     powers = np.diag(products(base, models, [mask] * n)) / max(numel(base), 1)
     total = float(powers.sum())
     shares = [float(p) / total for p in powers] if total >= 1e-6 else [1 / n] * n
@@ -69,7 +69,12 @@ def sce(
 def _variance(x0: Array, *xs: Array) -> Array:
     ds = [x - x0 for x in xs]
     mean = add_up(ds) / len(ds)
-    return add_up([(d - mean) ** 2 for d in ds]) / len(ds)
+    for d in ds:
+        d -= mean
+        d *= d
+    total = add_up(ds)
+    total /= len(ds)
+    return total
 
 
 @method("tensor")
@@ -84,30 +89,36 @@ def arcee_fusion(a: Array, b: Array) -> Array:
     has I = 0, so t = 0 and B is taken; for a convolution the rows are those of the kernel.
     Source: mergekit `arcee_fusion`.
     """
-    xp = namespace(a)
+    xp, n = namespace(a), numel(a)
     shape = (-1, a.shape[-1] if a.ndim else 1)
-    x, y = xp.reshape(a, shape), xp.reshape(b, shape)
-    score, step = xp.empty_like(x), max(1, BLOCK // max(shape[1], 1))
-    for i in range(0, x.shape[0], step):
-        score[i : i + step, :] = _importance(x[i : i + step, :], y[i : i + step, :])
-    n = numel(a)
-    low, middle, high = (kth_smallest(score, int(q * (n - 1)) + 1) for q in (0.25, 0.5, 0.75))
+    score = rowwise(_importance, *(xp.reshape(x, shape) for x in (a, b)))
+    ks = [n - int(q * (n - 1)) for q in (0.25, 0.5, 0.75)]
+    low, middle, high = (cut for cut, _ in each_kth_largest(ks, lambda s: s, score))
     threshold = middle + 1.5 * (high - low)
-    taken = blockwise(
-        lambda s, x, y: choose(s >= threshold, y, x), flatten(score), *map(flatten, (a, b))
-    )
-    return xp.reshape(taken, a.shape)
+    return blockwise(lambda s, x, y: choose(s >= threshold, y, x), xp.reshape(score, a.shape), a, b)
 
 
 def _importance(a: Array, b: Array) -> Array:
+    if a.shape[-1] >= 8 or not is_numpy_array(a):
+        return _along(-1, a, b)
+    # numpy sums rows of less than 8 in their order, and columns likewise ten times faster
+    return _along(0, *(np.ascontiguousarray(x.T) for x in (a, b))).T
+
+
+def _along(axis: int, a: Array, b: Array) -> Array:
+    """The importance of the elements of rows that lie along `axis`."""
     xp = namespace(a)
 
     def softmax(x: Array) -> Array:
-        e = xp.exp(x - xp.max(x, axis=-1, keepdims=True))
-        return e / xp.sum(e, axis=-1, keepdims=True) + 1e-8
+        e = xp.exp(x - xp.max(x, axis=axis, keepdims=True))
+        e /= xp.sum(e, axis=axis, keepdims=True)
+        e += 1e-8
+        return e
 
-    p, q = softmax(b), softmax(a)
-    return xp.abs(b - a) * xp.sum(p * xp.log(p / q), axis=-1, keepdims=True)
+    p = softmax(b)
+    ratio = p / softmax(a)
+    p *= xp.log(ratio)
+    return xp.abs(b - a) * xp.sum(p, axis=axis, keepdims=True)
 
 
 @method("elementwise")

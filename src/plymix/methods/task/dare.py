@@ -13,7 +13,7 @@ from array_api_compat import device
 from plymix.errors import Refusal
 from plymix.methods import Array, model_weights
 from plymix.methods.arrays import Rng, add_up, blockwise, clip, copy_of, gram, namespace, numel
-from plymix.methods.selection import Drawn, bernoulli
+from plymix.methods.selection import Drawn, Lazy, bernoulli
 from plymix.methods.task.ties import merge_agreeing
 from plymix.methods.task.vectors import as_float, distance, merge
 from plymix.registry import Range, Share, method
@@ -28,7 +28,7 @@ def drop_masks(
 
 
 def make_up(
-    base: Array, model: Array, gain: Array | Drawn | None, rescale: str, density: float
+    base: Array, model: Array, gain: Array | Lazy | None, rescale: str, density: float
 ) -> float:
     """What a masked task vector is multiplied with to make up for what the mask took."""
     if rescale == "density":
@@ -54,16 +54,17 @@ def _dare(
     ]
 
 
-def _l1_ratio(base: Array, model: Array, gain: Array | Drawn) -> float:
+def _l1_ratio(base: Array, model: Array, gain: Array | Lazy) -> float:
     """||d||_1 / ||gain d||_1, or 1 where either is below 1e-7."""
-    cut = gain.masks() if isinstance(gain, Drawn) else None
+    cut = gain.masks() if isinstance(gain, Lazy) else None
 
     def parts(x0: Array, x: Array, *given: Array) -> tuple[Array, Array]:
         d = distance(x0, x)
         root = namespace(d).sqrt(d)
         return root, root * namespace(d).sqrt(as_float(cut(d) if cut else given[0], d))
 
-    sums = gram(base, model, *(() if isinstance(gain, Drawn) else (gain,)), of=parts)
+    given, grain = ((), gain.grain) if isinstance(gain, Lazy) else ((gain,), 1)
+    sums = gram(base, model, *given, of=parts, grain=grain)
     whole, kept = float(sums[0, 0]), float(sums[1, 1])
     return whole / kept if whole >= 1e-7 and kept >= 1e-7 else 1.0
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Literal
+
+import numpy as np
+from array_api_compat import device
 
 from plymix.errors import Refusal
 from plymix.methods import Array, model_weights
-from plymix.methods.arrays import Rng, blockwise, clip, namespace, uniform
-from plymix.methods.selection import as_matrix, row_ranks
+from plymix.methods.arrays import Rng, blockwise, clip, flatten, namespace, numel, uniform
+from plymix.methods.selection import Lazy, by_rank
 from plymix.methods.task.dare import make_up
 from plymix.methods.task.ties import merge_agreeing
 from plymix.methods.task.vectors import as_float, distance, merge
@@ -16,6 +21,54 @@ from plymix.registry import Share, method
 
 Rescale = Literal["keep", "density", "l1", "none"]
 Ranks = Literal["row", "tensor"]
+
+
+@dataclass(frozen=True, eq=False)
+class Ranked(Lazy):
+    """MagPrune by rank in rows of `m` elements: a mask, divided by the probabilities if `keep`.
+
+    It is made for some rows at a time, as 64-bit keys of a whole tensor would outgrow it.
+    """
+
+    rng: Callable[[], np.random.Generator]
+    m: int
+    density: float
+    epsilon: float
+    keep: bool
+
+    @property
+    def grain(self) -> int:
+        return self.m
+
+    def masks(self) -> Callable[[Array], Array]:
+        m, low, spread, generator = (
+            self.m,
+            self.density - self.epsilon,
+            2 * self.epsilon,
+            self.rng(),
+        )
+
+        def gain(scores: Array) -> Array:
+            xp = namespace(scores)
+            r = xp.arange(m, dtype=scores.dtype, device=device(scores))
+            p = low + spread * (r / (m - 1) if m > 1 else r + 0.5)
+            p = flatten(by_rank(p, xp.reshape(scores, (-1, m))))
+            mask = uniform(generator, scores) < p
+            return as_float(mask, scores) / clip(p, 1e-12) if self.keep else mask
+
+        return gain
+
+
+def _ranked_tensor(
+    generator: np.random.Generator, size: Array, density: float, epsilon: float, keep: bool
+) -> Array:
+    """MagPrune by rank in the whole tensor, as `Ranked`."""
+    xp, n = namespace(size), numel(size)
+    r = xp.arange(n, dtype=size.dtype, device=device(size))
+    p = clip(density + epsilon * ((r + 1) / n - (n + 1) / (2 * n)), 0, 1)
+    p = xp.reshape(by_rank(p, xp.reshape(size, (1, -1))), size.shape)
+    mask = uniform(generator, size) < p
+    return as_float(mask, size) / clip(p, 1e-12) if keep else mask
 
 
 def mag_prune(
@@ -35,18 +88,14 @@ def mag_prune(
             f"della: density {density:g} with epsilon {epsilon:g} gives keep probabilities outside"
             " 0..1; density - epsilon and density + epsilon must lie between them"
         )
-    xp, gains = namespace(base), []
+    gains: list[Array | Lazy] = []
     for i, x in enumerate(models, 1):
-        size = blockwise(distance, base, x)
-        rows = as_matrix(size) if ranks == "row" else xp.reshape(size, (1, -1))
-        r, m = as_float(row_ranks(rows), size), rows.shape[1]
         if ranks == "row":
-            keep = (density - epsilon) + 2 * epsilon * (r / (m - 1) if m > 1 else r + 0.5)
+            m = numel(base) // (base.shape[0] if base.ndim > 1 else 1)
+            gains.append(Ranked(partial(rng, i), m, density, epsilon, rescale == "keep"))
         else:
-            keep = clip(density + epsilon * ((r + 1) / m - (m + 1) / (2 * m)), 0, 1)
-        keep = xp.reshape(keep, base.shape)
-        mask = uniform(rng(i), base) < keep
-        gains.append(as_float(mask, base) / clip(keep, 1e-12) if rescale == "keep" else mask)
+            size = blockwise(distance, base, x)
+            gains.append(_ranked_tensor(rng(i), size, density, epsilon, rescale == "keep"))
     return gains, [
         make_up(base, x, g, rescale, density) for x, g in zip(models, gains, strict=True)
     ]

@@ -8,11 +8,11 @@ from typing import Any, Literal, Union
 
 from plymix.methods import Array
 from plymix.methods.arrays import add_up, blockwise, clip, gram, namespace
-from plymix.methods.selection import Drawn, Largest
+from plymix.methods.selection import Lazy
 
 Vote = Literal["", "sum", "count", "soup"]
 Divide = Literal["", "weights", "count"]
-Gains = Sequence[Union[Array, Largest, Drawn, None]]
+Gains = Sequence[Union[Array, Lazy, None]]
 
 
 def as_float(mask: Array, like: Array) -> Array:
@@ -22,14 +22,19 @@ def as_float(mask: Array, like: Array) -> Array:
 
 def _given(gains: Gains) -> list[Array]:
     """The gains that are one number or truth per element."""
-    return [g for g in gains if g is not None and not isinstance(g, (Largest, Drawn))]
+    return [g for g in gains if g is not None and not isinstance(g, Lazy)]
+
+
+def _grain(gains: Gains) -> int:
+    """Elements that the pieces must have a multiple of."""
+    return math.lcm(*(g.grain for g in gains if isinstance(g, Lazy)))
 
 
 def _reader(gains: Gains) -> Callable[..., list[Array]]:
     """A function from pieces of the base, the models and `_given(gains)`, called in their order,
     to the task vectors after their gains."""
     n = len(gains)
-    cuts = [g.masks() if isinstance(g, (Largest, Drawn)) else None for g in gains]
+    cuts = [g.masks() if isinstance(g, Lazy) else None for g in gains]
 
     def read(x0: Array, *rest: Array) -> list[Array]:
         ds, given = [x - x0 for x in rest[:n]], iter(rest[n:])
@@ -110,7 +115,7 @@ def merge(
             d = d * sign
         return x0 + (d if scale == 1 else d * scale)
 
-    return blockwise(piece, base, *models, *_given(gains))
+    return blockwise(piece, base, *models, *_given(gains), grain=_grain(gains))
 
 
 def _divisor(there: Sequence[Array], weights: Sequence[float], floor: float, like: Array) -> Array:
@@ -144,4 +149,4 @@ def products(base: Array, models: Sequence[Array], gains: Gains = (), vote: Vote
         ds = read(*pieces)
         return _elected(ds, vote, ones)[0] if vote else ds
 
-    return gram(base, *models, *_given(gains), of=of)
+    return gram(base, *models, *_given(gains), of=of, grain=_grain(gains))
