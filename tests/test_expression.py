@@ -365,6 +365,23 @@ def test_a_session_goes_on_after_a_refused_change(folder):
         assert session.tensor(changed[0]).size
 
 
+def test_a_session_writes_shards(folder, tmp_path):
+    """Which have no file of the name that was given; they are made whole each time."""
+    a, b = (plymix.model(folder / f"{n}.safetensors") for n in "ab")
+    found = a.weighted_sum(b, alpha=0.25).recipe(shard="1MB")
+    with plymix.Session(found) as session:
+        for share in (0.25, 0.5):
+            session.set("steps.step1.alpha", share)
+            for folder_ in ("session", "whole"):
+                (tmp_path / folder_).mkdir(exist_ok=True)
+            index = session.write(tmp_path / "session" / "s.safetensors", force=True).path
+            plymix.merge(session.recipe, tmp_path / "whole" / "s.safetensors", force=True)
+            made = sorted(index.parent.iterdir())
+            assert len(made) > 2
+            for path in made:
+                assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
+
+
 def test_a_session_finds_models_as_run_and_replay_do(folder, tmp_path):
     """By name in the folders, and by content whatever they are called there."""
     whole = tmp_path / "whole.safetensors"

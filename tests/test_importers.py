@@ -185,6 +185,8 @@ def test_unknown_methods_and_writers_are_refused():
         import_recipe("/nowhere/old.safetensors")
     with pytest.raises(Refusal, match="multiplier"):
         read(a1111(multiplier=None))
+    for said in (1e-05, "1e-05", " .00001 "):  # Chattiori's numbers are texts
+        assert only_step(read(a1111(multiplier=said))).params == {"alpha": 1e-05}
 
 
 def test_chattiori():
@@ -236,6 +238,9 @@ def test_supermerger_blocks_and_rules():
     assert step.rules == ("IN05-OUT03:attn2:0.3", "NOT OUT09-OUT11:ff:0.0")
     listed = only_step(supermerger(weights_alpha=[0.9, *GRAD_V], base_alpha=None))
     assert listed.params == {"alpha": {"base": 0.9, "blocks": GRAD_V}}
+    rules = ["IN05-OUT03:attn2:0.3", "NOT OUT09-OUT11:ff:0"]  # its code splits them
+    for said in (rules, "\n".join(rules)):
+        assert only_step(supermerger(elemental_merge=said)).rules == step.rules
 
 
 @pytest.mark.parametrize(
@@ -276,6 +281,7 @@ def test_supermerger_names_what_it_cannot_say():
     assert any("future = 3" in note for note in found.notes)
     for changes, what in (
         ({"calcmode": "magic"}, "magic"),
+        ({"calcmode": "trainDifference"}, "known: normal, cosinea, cosineb, plus random, self, t"),
         ({"mode": "Quadruple"}, "quadruple"),
         ({"elemental_merge": "IN01:attn:R"}, "random"),
         ({"weights_alpha": "0.1,0.2"}, "2 numbers"),

@@ -360,6 +360,27 @@ def test_a_session_makes_them_too(tmp_path):
     np.testing.assert_array_equal(got, preview)
 
 
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [
+        ("o.safetensors", RANDOM, RANDOM | {"seed": 8}),
+        ("o.safetensors", RANDOM, RANDOM | {"rounding": "nearest", "seed": 0}),
+        ("o.gguf", {"dtype": "q8_0"}, {"dtype": "fp32"}),
+        ("o.gguf", {"dtype": "fp32"}, {"dtype": "q8_0"}),
+    ],
+)
+def test_a_session_rounds_and_packs_anew(tmp_path, name, before, after):
+    """Another seed, rounding or packing is another tensor, also where nothing else changes."""
+    models = {"a": str(tiny.write(tmp_path / "a.safetensors", "sd1", dtype="F32"))}
+    (tmp_path / "whole").mkdir()
+    with plymix.Session(from_dict({"models": models, "output": before})) as session:
+        session.write(tmp_path / name)
+        assert session.change(from_dict({"models": models, "output": after}))
+        session.write(tmp_path / name, force=True)
+        plymix.merge(session.recipe, tmp_path / "whole" / name)
+    assert (tmp_path / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
 def test_what_a_plan_says_of_its_size(tmp_path):
     file = tiny.write(tmp_path / "a.safetensors", "sd1")
     for dtype, out in (("q8_0", "o.gguf"), ("fp8_e4m3fn", "o.safetensors")):

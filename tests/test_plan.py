@@ -588,6 +588,29 @@ def test_the_text_encoder_share(pair):
             assert terms.get(1, 0.0) == share, options
 
 
+def test_one_weight_by_blocks_for_each_of_several_models(pair):
+    """A list of weights may hold presets and tables; they must say BASE, which has no default."""
+    models = {"a": str(pair[0]), "b": str(pair[1])}
+
+    def built(weights):
+        step = {"method": "n_average", "models": ["a", "b"], "weights": weights}
+        return plan.build(from_dict({"models": models, "steps": {"mix": step}}))
+
+    named = {"base": 0.5, "default": 1, "blocks": {"M00": 3}}
+    with built([1, named]) as p:
+        shares = {
+            p.places[t.name].block: {leaf.source: c for c, leaf in expr.plain_terms(t.expr)}[1]
+            for t in p.tensors
+            if p.places[t.name].block in ("IN05", "M00", "BASE")
+        }
+    assert shares == {"IN05": 0.5, "M00": 0.75, "BASE": pytest.approx(1 / 3)}
+    for weight in ({"M00": 0.5, "default": 1}, "GRAD_V", [0.5] * 25):
+        with pytest.raises(Refusal, match=r"steps\.mix\.weights: value 2 says nothing about BASE"):
+            built([1, weight])
+    with pytest.raises(Refusal, match=r"steps\.mix \(n_average\): weights .* sum to 0"):
+        built([1, -1])
+
+
 # --- folding ------------------------------------------------------------------------------------
 
 NODES = st.recursive(

@@ -392,7 +392,11 @@ def changed(before: Sequence[Tensor], after: Sequence[Tensor]) -> tuple[str, ...
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
-    return (a.expr, a.dtype, a.shape) == (b.expr, b.dtype, b.shape)
+    """Whether two tensors of one name have the same bytes, wherever they stand."""
+    return all(
+        getattr(a, part) == getattr(b, part)
+        for part in ("expr", "dtype", "shape", "encoding", "noise")
+    )
 
 
 def _prepared(expr: Expr) -> frozenset[str]:

@@ -107,7 +107,8 @@ class Session:
                 result = api.run(self.plan, path, threads=threads, progress=progress, made=made)
         else:
             result = api.run(self.plan, path, threads=threads, progress=progress)
-        self._written = (path.resolve(), _stamp(path), self.plan)
+        # Shards and folders are made whole each time.
+        self._written = (path.resolve(), _stamp(path), self.plan) if path.is_file() else None
         return result
 
     def _build(self, recipe: Recipe) -> Plan:

@@ -8,9 +8,9 @@ Chattiori-Model-Merger (from memory): the same hashes with `merge_method`, `alph
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
+from plymix import weights
 from plymix.errors import Refusal, unknown
 from plymix.importers.base import Imported, Record, block_weights, merged, number
 
@@ -72,6 +72,6 @@ def read(record: Record) -> Imported:
 def _weight(value: Any, where: str) -> Any:
     if value == "":
         raise Refusal(f"{where} is missing")
-    if isinstance(value, (int, float)) or re.fullmatch(r"\s*-?[\d.]+\s*", str(value)):
+    if isinstance(value, (int, float)) or isinstance(weights.literal(str(value).strip()), float):
         return number(value, where)
     return block_weights(value, None, where)

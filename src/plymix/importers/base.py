@@ -152,12 +152,16 @@ def _with_base(blocks: Any, base: float | None) -> dict[str, Any]:
     return {"blocks": blocks} if base is None else {"base": base, "blocks": blocks}
 
 
-def merged(method: str, *inputs: Expression, rules: str = "", **params: Any) -> Merge:
-    """A merge whose element rules are checked here, so that an error names its record."""
+def merged(method: str, *inputs: Expression, rules: Any = "", **params: Any) -> Merge:
+    """A merge whose element rules, a text or a list, are checked here.
+
+    So an error names its record.
+    """
     from plymix.expression import merge_method
 
+    said = rules if isinstance(rules, (list, tuple)) else str(rules)
     made = merge_method(
-        method, *inputs, rules=[str(r) for r in weights.parse_rules(rules)], **params
+        method, *inputs, rules=[str(r) for r in weights.parse_rules(said)], **params
     )
     assert isinstance(made, Merge)
     return made

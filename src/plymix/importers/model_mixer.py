@@ -56,7 +56,7 @@ def _onto(record: Record, made: Any, model: Any, x: str, base: Any) -> Any:
         record.note(
             f"by blocks it leaves time_embed and out of model {x} unmerged; here they follow"
         )
-    rules = str(record.take(f"elemental {x}")).replace("\n", ",")
+    rules = record.take(f"elemental {x}")
     mode = str(record.take(f"mode {x}") or "Sum").lower()
     if mode == "sum":
         return merged("weighted_sum", made, model, alpha=alpha, rules=rules)

@@ -67,7 +67,7 @@ def read(record: Record) -> Imported:
     if calc != "normal" and (mode, calc) not in CALCMODES:
         raise Refusal(
             f"supermerger: {mode} with the calculation mode {calc!r} cannot be imported;"
-            f" known: normal, {', '.join(sorted({c for _, c in CALCMODES}))}"
+            f" known: normal, {', '.join(sorted(c for m, c in CALCMODES if m == mode))}"
         )
     method, count, params = MODES[mode] if calc == "normal" else CALCMODES[mode, calc]
     models = [record.model(record.take(f"model_{x}"), f"model {x.upper()}") for x in "abc"[:count]]
@@ -77,7 +77,7 @@ def read(record: Record) -> Imported:
     settings = {param: _weight(record, param, blocks) for param in params}
     for param in ("alpha", "beta"):
         record.take(f"weights_{param}", f"base_{param}")
-    rules = str(record.take("elemental_merge")).replace("\n", ",")
+    rules = record.take("elemental_merge")
     # It leaves tensors without "weight" or "bias" in their names to model A.
     output: dict[str, Any] = {
         "title": str(record.take("custom_name")),

@@ -273,15 +273,14 @@ class Opening:
                 " leaves it as it is"
             )
 
-    def _wide_base(self, param: Param, step: str) -> float:
+    def _wide_base(self, param: Param, field: str) -> float:
         """BASE's weight where a list of block weights says none: the base model's own."""
         if param.name in ("alpha", "beta") and param.range.holds(0.0):
             return 0.0
-        if not param.required:
+        if isinstance(param.default, (int, float)):
             return float(param.default)
         raise Refusal(
-            f"steps.{step}.{param.name} says nothing about BASE (text encoder):"
-            f" write {{ base = 0.5, blocks = ... }}"
+            f"{field} says nothing about BASE (text encoder): write {{ base = 0.5, blocks = ... }}"
         )
 
     # --- components -----------------------------------------------------------------------------

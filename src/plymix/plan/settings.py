@@ -62,7 +62,7 @@ class Settings:
                 lists=view.lists,
                 names=view.names,
             )
-            base = base_default(param, name) if found.base is None else found.base
+            base = base_default(param, field) if found.base is None else found.base
             found = weights.Resolved(base, found.blocks, found.notes, found.parts)
             self.notes += found.notes
             values = {base, *found.blocks.values(), *found.parts.values()}
@@ -84,7 +84,10 @@ class Settings:
             elif p.type is tuple and self.method.adapters:
                 continue  # see AdapterSettings
             elif p.type is tuple:
-                self.lists[p.name] = [resolve(v, p, field) for v in self._list(p, value, field)]
+                self.lists[p.name] = [
+                    resolve(v, p, f"{field}: value {i}")
+                    for i, v in enumerate(self._list(p, value, field), 1)
+                ]
             else:
                 self.fixed[p.name] = p.check(value, self.where)
 
@@ -148,7 +151,10 @@ class Settings:
         if self.method.kind == "linear":
             if "key" in self.method.given:
                 params = (*params, ("key", key))
-            return folded(self.method, args, params, models)
+            try:
+                return folded(self.method, args, params, models)
+            except Refusal as e:
+                raise Refusal(f"{self.where} ({self.method.name}): {e}") from None
         self._try(dict(params), models)
         return Call(
             step=self.name,
