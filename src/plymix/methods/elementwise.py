@@ -8,7 +8,17 @@ from operator import imul
 from typing import Annotated
 
 from plymix.methods import Array
-from plymix.methods.arrays import Rng, choose, clip, lerp, namespace, normal, signed, turned
+from plymix.methods.arrays import (
+    Rng,
+    choose,
+    clip,
+    lerp,
+    namespace,
+    normal,
+    signed,
+    size_of,
+    turned,
+)
 from plymix.methods.linear import keeps_scale
 from plymix.registry import Range, Share, method
 
@@ -57,10 +67,10 @@ def multiply_difference(
     """
     if alpha == beta and alpha in (0, 1):
         return b if alpha else a
-    xp, sizes = namespace(a, b, c), []
+    sizes = []
     for x, e in ((a, 1 - alpha), (b, alpha)):
         if e:  # 0 ** 0 is 1 and would move what a model left alone
-            size = xp.abs(x - c)
+            size = size_of(x - c)
             size **= e
             sizes.append(size)
     r = reduce(imul, sizes)
@@ -102,9 +112,8 @@ def train_difference(a: Array, b: Array, c: Array, *, alpha: float = 1.0) -> Arr
     is there already. s is 0 where its denominator is. alpha 0 is exactly A; the usual value is 1.
     Source: supermerger `trainDifference`; sd-mecha `train_difference_mask`.
     """
-    xp = namespace(a, b, c)
-    d, distance = b - c, xp.abs(b - a)
-    whole = xp.abs(d)
+    d, distance = b - c, size_of(b - a)
+    whole = namespace(d).abs(d)
     whole += distance
     distance /= clip(whole, LEAST, out=whole)
     d *= distance
@@ -123,11 +132,15 @@ def add_opposite(a: Array, b: Array, c: Array, *, alpha: float = 1.0) -> Array:
     moved, not where both moved alike (m = 0). alpha 0 is exactly A.
     Source: sd-mecha `add_opposite`.
     """
-    xp = namespace(a, b, c)
     d = b - c
-    apart = xp.abs(a - b)
-    m = apart / clip(apart + xp.abs((a - c) + d), LEAST)
-    return a + m * d * (2 * alpha)
+    whole = size_of((a - c) + d)
+    m = size_of(a - b)
+    whole += m
+    m /= clip(whole, LEAST, out=whole)
+    m *= d
+    m *= 2 * alpha
+    m += a
+    return m
 
 
 @method("elementwise")
@@ -141,7 +154,11 @@ def add_strict_opposite(a: Array, b: Array, c: Array, *, alpha: float = 1.0) -> 
     Source: sd-mecha `add_strict_opposite`.
     """
     d = b - c
-    return a + clip(_agreement(c - a, d), 0.0, 1.0) * d * (2 * alpha)
+    r = clip(_agreement(c - a, d), 0.0, 1.0)
+    r *= d
+    r *= 2 * alpha
+    r += a
+    return r
 
 
 @method("elementwise")
@@ -157,10 +174,18 @@ def similarity_add_difference(
     s is beta where both are 0. alpha 0 is exactly A; beta 0 is `add_difference`.
     Source: meh and SD.Next `similarity_add_difference`.
     """
-    p, q = a + (b - c) * alpha, a + (b - a) * (alpha / 2)
-    # where both are 0 the similarity counts as 1
-    s = (_agreement(a, b, otherwise=1.0) + 1) * (beta / 2)
-    return p + s * (q - p)
+    p, q = b - c, b - a
+    p *= alpha
+    p += a
+    q *= alpha / 2
+    q += a
+    s = _agreement(a, b, otherwise=1.0)  # where both are 0 the similarity counts as 1
+    s += 1
+    s *= beta / 2
+    q -= p
+    q *= s
+    q += p
+    return q
 
 
 @method("elementwise")
@@ -173,10 +198,11 @@ def nearswap(a: Array, b: Array, *, t: Annotated[float, Range(low=0)] = 1e-4) ->
     apart. t 0 is exactly A; an element closer than t (and 1e-6) is exactly B's.
     Source: mergekit `nearswap`.
     """
-    xp = namespace(a, b)
     d = b - a
-    w = t / clip(xp.abs(d), 1e-6)
-    return choose(w >= 1, b, a + w * d)
+    w = t / clip(namespace(d).abs(d), 1e-6)
+    d *= w
+    d += a
+    return choose(w >= 1, b, d)
 
 
 @method("elementwise")
@@ -275,5 +301,6 @@ def _agreement(x: Array, y: Array, otherwise: float = 0.0) -> Array:
     xp = namespace(x, y)
     t = xp.maximum(xp.abs(x), xp.abs(y))
     least = clip(t, LEAST)
-    r = (x / least) * (y / least)  # two quotients, because t^2 of small weights is 0 in float32
+    r = x / least
+    r *= y / least  # two quotients, because t^2 of small weights is 0 in float32
     return r + xp.astype(t == 0, r.dtype) * otherwise if otherwise else r
