@@ -102,14 +102,14 @@ def nuslerp(
     """
     if alpha in (0, 1):
         return b if alpha else a
-    u, v = (a, b) if base is None else (a - base, b - base)
     if axis == "tensor" or len(a.shape) < 2:
-        (uu, uv), (_, vv) = gram(u, v).tolist()
+        (uu, uv), (_, vv) = _gram_of((a, b), base).tolist()
         w = _angle(uv, max(math.sqrt(uu), 1e-7) * max(math.sqrt(vv), 1e-7))
         p, q = 1 - alpha, alpha
         if math.sin(w) >= FLAT:
             p, q = (math.sin(share * w) / math.sin(w) for share in (p, q))
         return _around(base, (p, q), (a, b))
+    u, v = (a, b) if base is None else (a - base, b - base)
     xp = namespace(a)
 
     def shares(xx: Array, xy: Array, yy: Array) -> tuple[Array, Array]:
@@ -293,13 +293,21 @@ def orthonorm(a: Array, *models: Array, alpha: Annotated[float, Range(low=0)] = 
     Source: sd-optim `orthonorm`, a bounded Gram-Schmidt process.
     """
     step = alpha or 1 / math.sqrt(len(models))
-    total = namespace(a).zeros_like(a)
+    total = blockwise(lambda v: namespace(v).zeros_like(v), a)
     for m in models:
-        w = a + total
-        (ww, wm), (_, mm) = gram(w, m).tolist()
-        g = combine((1.0, -4 / math.pi * math.atan2(wm, ww)), (m, w))
-        stretch = max(math.sqrt(mm), 1e-6) / max(norm(g), 1e-6)
-        total = combine((1.0, step * stretch), (total, g))
+        (ww, wm), (_, mm) = gram(a, total, m, of=lambda a, s, m: (a + s, m)).tolist()
+        turn = -4 / math.pi * math.atan2(wm, ww)
+
+        def freed(a: Array, s: Array, m: Array, turn: float = turn) -> Array:
+            return m + (a + s) * turn
+
+        length = math.sqrt(gram(a, total, m, of=lambda *xs, f=freed: (f(*xs),))[0, 0])
+        factor = step * max(math.sqrt(mm), 1e-6) / max(length, 1e-6)
+
+        def added(a: Array, s: Array, m: Array, f: Any = freed, factor: float = factor) -> Array:
+            return s + f(a, s, m) * factor
+
+        total = blockwise(added, a, total, m, out=total)
     return total
 
 

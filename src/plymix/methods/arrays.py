@@ -127,20 +127,35 @@ def empty(shape: tuple[int, ...], dtype: Any) -> Any:
 # -- element by element ---------------------------------------------------------------------------
 
 
-def blockwise(f: Callable[..., Array], *arrays: Array, dtype: Any = None, grain: int = 1) -> Array:
+def blockwise(
+    f: Callable[..., Array],
+    *arrays: Array,
+    dtype: Any = None,
+    grain: int = 1,
+    out: Array | None = None,
+) -> Array:
     """`f(*arrays)` for an `f` that works element by element, computed in cache-sized pieces.
 
     The arrays have one shape, or have the same length or 1 along their first axis and broadcast
     along the others. The result has the shape of the first, and its dtype unless `dtype` (what `f`
-    gives, a mask for one) is another. The pieces have a multiple of `grain` elements.
+    gives, a mask for one) is another. The pieces have a multiple of `grain` elements. `out`, such
+    as the first, may be overwritten with the result.
     """
     first = arrays[0]
     if all(x.shape == first.shape for x in arrays):
         arrays = tuple(flatten(x) for x in arrays)
-    return namespace(first).reshape(rowwise(f, *arrays, dtype=dtype, grain=grain), first.shape)
+        out = None if out is None else flatten(out)
+    found = rowwise(f, *arrays, dtype=dtype, grain=grain, out=out)
+    return namespace(first).reshape(found, first.shape)
 
 
-def rowwise(f: Callable[..., Array], *arrays: Array, dtype: Any = None, grain: int = 1) -> Array:
+def rowwise(
+    f: Callable[..., Array],
+    *arrays: Array,
+    dtype: Any = None,
+    grain: int = 1,
+    out: Array | None = None,
+) -> Array:
     """As `blockwise`, for an `f` that works index by index of the first axis (row by row).
 
     The pieces come in order, and have a multiple of `grain` rows.
@@ -149,7 +164,8 @@ def rowwise(f: Callable[..., Array], *arrays: Array, dtype: Any = None, grain: i
     if size <= BLOCK or not is_numpy_array(first):
         return f(*arrays)
     step = max(1, BLOCK * n // size // grain) * grain
-    out = np.empty(first.shape, dtype) if dtype else empty(first.shape, first.dtype)
+    if out is None:
+        out = np.empty(first.shape, dtype) if dtype else empty(first.shape, first.dtype)
     for i in range(0, n, step):
         out[i : i + step] = f(*(x if x.shape[0] == 1 else x[i : i + step] for x in arrays))
     return out
@@ -316,8 +332,9 @@ def moments(x: Array) -> tuple[float, float]:
     return mean, math.sqrt(gram(x, of=lambda v: (v - mean,))[0, 0] / n)
 
 
-def match_spread(r: Array, a: Array) -> Array:
-    """`r` with its mean and standard deviation moved half-way to those of `a`.
+def match_spread(r: Array, a: Array, out: Array | None = None) -> Array:
+    """`r` with its mean and standard deviation moved half-way to those of `a`; `out` (such as `r`)
+    may be overwritten.
 
     R' = (R - mean R) / std R * (std R + std A) / 2 + (mean R + mean A) / 2; R' = R if std R < 1e-6.
     """
@@ -325,7 +342,7 @@ def match_spread(r: Array, a: Array) -> Array:
     if std_r < 1e-6:
         return r
     k, mean = (std_r + std_a) / (2 * std_r), (mean_r + mean_a) / 2
-    return blockwise(lambda v: (v - mean_r) * k + mean, r)
+    return blockwise(lambda v: (v - mean_r) * k + mean, r, out=out)
 
 
 # -- one number per row or column -----------------------------------------------------------------

@@ -68,11 +68,18 @@ def packed_top_mask(k: int, scores: Array) -> Array | Packed:
     """`top_mask` of scores that are at hand, in a bit per element for numpy's."""
     if not is_numpy_array(scores):
         return top_mask(k, lambda s: s, scores)
-    flat, bits = flatten(scores), np.zeros(-(-numel(scores) // 8), np.uint8)
-    if k > 0:
-        mask = largest(k, lambda s: s, flat).masks()
-        for i in range(0, flat.shape[0], BLOCK):
-            bits[i // 8 : (i + BLOCK) // 8] = np.packbits(mask(flat[i : i + BLOCK]))
+    if k <= 0:
+        return packed(lambda s: np.zeros_like(s, np.bool_), scores)
+    return packed(largest(k, lambda s: s, scores).masks(), scores)
+
+
+def packed(mask: Callable[..., Any], *arrays: Any) -> Packed:
+    """`mask(*arrays)` in a bit per element. `mask` works element by element on numpy's arrays."""
+    flat = [flatten(x) for x in arrays]
+    bits = np.empty(-(-flat[0].shape[0] // 8), np.uint8)
+    for i in range(0, flat[0].shape[0], BLOCK):
+        found = mask(*(x[i : i + BLOCK] for x in flat))
+        bits[i // 8 : (i + BLOCK) // 8] = np.packbits(found)
     return Packed(bits)
 
 
@@ -130,7 +137,7 @@ class Packed(Lazy):
             n = scores.shape[0]
             found = np.unpackbits(self.bits[at : at + -(-n // 8)], count=n)
             at += n // 8
-            return found.view(np.bool_)
+            return namespace(scores).asarray(found.view(np.bool_), device=device(scores))
 
         return mask
 

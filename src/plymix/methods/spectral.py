@@ -47,7 +47,7 @@ def smooth_add(a: Array, b: Array, c: Array, *, alpha: float = 1.0) -> Array:
     if alpha == 0:
         return a
     smooth = _gauss(_median3(b - c))
-    return blockwise(lambda a, g: a + g * alpha, a, smooth)
+    return blockwise(lambda a, g: a + g * alpha, a, smooth, out=smooth)
 
 
 @method("tensor")
@@ -61,7 +61,8 @@ def gaussian_add(a: Array, b: Array, c: Array, *, alpha: float = 1.0) -> Array:
     """
     if alpha == 0:
         return a
-    return blockwise(lambda a, g: a + g * alpha, a, _gauss(b - c))
+    smooth = _gauss(b - c)
+    return blockwise(lambda a, g: a + g * alpha, a, smooth, out=smooth)
 
 
 @method("tensor")
@@ -165,7 +166,8 @@ def feature_weighted(a: Array, b: Array, *, alpha: float = 0.3) -> Array:
     r = _limit(s_b / s_a, 0.5, 2)
     scale = _limit((s_a / s_d) ** (1.5 - r / 2), 0.5, 1.5)
     step = alpha * scale * _limit(math.sqrt(s_a / s_b), 0.8, 1.1)
-    return match_spread(blockwise(lambda a, d: a + d * step, a, d), a)
+    r = blockwise(lambda a, d: a + d * step, a, d, out=d)
+    return match_spread(r, a, out=r)
 
 
 # -- filters over neighbours ----------------------------------------------------------------------
@@ -183,7 +185,8 @@ GAUSS /= GAUSS.sum()
 
 
 def _gauss(x: Array) -> Array:
-    """Gaussian blur along every axis; short trailing axes (a kernel's) in one product."""
+    """Gaussian blur of `x`, which may be overwritten, along every axis; short trailing axes (a
+    kernel's) in one product."""
     short = 0
     while short < len(x.shape) and math.prod(x.shape[-short - 1 :]) <= 64:
         short += 1
@@ -206,15 +209,14 @@ def _gauss_along(x: Array, axis: int) -> Array:
         return x
     x = xp.reshape(x, (math.prod(shape[:axis]), n, -1))
     index = xp.asarray(_mirrored(n, 4), device=device(x))
-    out = xp.empty_like(x)
     for piece in _pieces(x):
         taps = xp.take(x[piece], index, axis=1)
         blurred = taps[:, 4 : 4 + n, :] * float(GAUSS[4])
         for k in range(1, 5):
             pair = taps[:, 4 - k : 4 - k + n, :] + taps[:, 4 + k : 4 + k + n, :]
             blurred += pair * float(GAUSS[4 + k])
-        out[piece] = blurred
-    return xp.reshape(out, shape)
+        x[piece] = blurred
+    return xp.reshape(x, shape)
 
 
 def _pieces(x: Array) -> Iterator[tuple[slice, slice, slice]]:
@@ -239,7 +241,8 @@ def _median3(x: Array) -> Array:
         return xp.reshape(x, shape)
     rows = x.shape[0]
     windows = 3 ** len(x.shape)
-    step = max(1, BLOCK * rows // numel(x)) if is_numpy_array(x) else rows
+    room = BLOCK * 4 // windows  # a window of up to 81 elements for each
+    step = max(1, room * rows // numel(x)) if is_numpy_array(x) else rows
     index = [xp.asarray(_mirrored(n, 1), device=device(x)) for n in x.shape]
     out = xp.empty_like(x)
     for i in range(0, rows, step):

@@ -60,17 +60,18 @@ def clip_xor(a: Array, b: Array, *, hardness: Share = 0.7) -> Array:
     strength, step = limit * gate, norm(d) * limit * gate
     if step > limit * norm(a):
         strength *= limit * norm(a) / step
-    r = blockwise(lambda x, v: x + strength * v, a, d)
+    r = blockwise(lambda x, v: x + strength * v, a, d, out=d)
     return _towards_spread(r, a, 0.65 - 0.30 * h) if step else r
 
 
 def _towards_spread(r: Array, a: Array, share: float) -> Array:
-    """`r` blended by `share` with itself at the mean and standard deviation of `a`."""
+    """`r`, which is overwritten, blended by `share` with itself at the mean and standard deviation
+    of `a`."""
     (mean_r, std_r), (mean_a, std_a) = moments(r), moments(a)
     if std_r < 1e-6:
         return r
     gain = std_a / std_r
-    return blockwise(lambda x: x + share * ((x - mean_r) * gain + mean_a - x), r)
+    return blockwise(lambda x: x + share * ((x - mean_r) * gain + mean_a - x), r, out=r)
 
 
 SAMPLES = 2048

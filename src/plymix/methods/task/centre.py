@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
+from array_api_compat import is_numpy_array
 
 from plymix.methods import Array
 from plymix.methods.arrays import Rng, add_up, blockwise, clip, copy_of, namespace
+from plymix.methods.selection import Lazy, packed
 from plymix.methods.task.dare import drop_masks
 from plymix.methods.task.della import mag_prune
 from plymix.methods.task.ties import Rule, trimmed
@@ -239,16 +241,19 @@ def ties_dare(
     if keep == 0:
         return copy_of(base)
     if epsilon > 0:
+        thinned: Iterable[Array | None]
         thinned, _ = mag_prune(base, models, keep, epsilon, "tensor", "none", rng)
     else:
-        thinned = list(drop_masks(base, models, keep, rng))
-    gains = _both(thinned, trimmed(base, models, density, trim, thinned))
+        thinned = drop_masks(base, models, keep, rng)
+    gains = [
+        _both(mask, *trimmed(base, [x], density, trim, [mask]))
+        for x, mask in zip(models, thinned, strict=True)
+    ]
     return _centred(base, models, scale / keep if rescale else scale, gains, vote, core, clamp_t)
 
 
-def _both(first: Gains, second: Gains) -> list[Array | None]:
-    """Gains that apply one after the other."""
-    return [
-        a if b is None else b if a is None else a * as_float(b, a)
-        for a, b in zip(first, second, strict=True)
-    ]
+def _both(a: Array | None, b: Array | None) -> Array | Lazy | None:
+    """What keeps what both masks keep."""
+    if a is None or b is None:
+        return a if b is None else b
+    return packed(np.logical_and, a, b) if is_numpy_array(a) else a & b

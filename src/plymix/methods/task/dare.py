@@ -8,12 +8,21 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from array_api_compat import device
 
 from plymix.errors import Refusal
 from plymix.methods import Array, model_weights
-from plymix.methods.arrays import Rng, add_up, blockwise, clip, copy_of, gram, namespace, numel
-from plymix.methods.selection import Drawn, Lazy, bernoulli
+from plymix.methods.arrays import (
+    BLOCK,
+    Rng,
+    add_up,
+    blockwise,
+    clip,
+    copy_of,
+    gram,
+    namespace,
+    numel,
+)
+from plymix.methods.selection import Drawn, Lazy, Packed, bernoulli
 from plymix.methods.task.ties import merge_agreeing
 from plymix.methods.task.vectors import as_float, distance, merge
 from plymix.registry import Range, Share, method
@@ -159,20 +168,25 @@ def dropout(
     n = len(models)
     if drop >= 1:
         return copy_of(base)
+    gains: Sequence[Lazy | None]
     if overlap % 2 == 1:
-        gains = list(drop_masks(base, models, 1 - drop, rng))
+        gains, _ = _dare(base, models, 1 - drop, "none", rng)
     elif n > 16:
         raise Refusal(f"dropout: overlap {overlap:g} of {n} models; 16 at most, or overlap 1")
     else:
-        gains = _joint_masks(base, _set_chances(n, drop, overlap, overlap_emphasis), n, rng(0))
+        chances = _set_chances(n, drop, overlap, overlap_emphasis)
+        gains = _joint_masks(base, chances, n, rng(0))
     factor = scale / (1 - drop) ** rescale
+    cuts = [g.masks() if g is not None else None for g in gains]
 
-    def piece(x0: Array, *rest: Array) -> Array:
-        masks = [as_float(m, x0) for m in rest[n:]] or [namespace(x0).ones_like(x0)] * n
-        total = add_up([(x - x0) * m for x, m in zip(rest[:n], masks, strict=True)])
-        return x0 + total / clip(add_up(masks), 1) * factor
+    def piece(x0: Array, *xs: Array) -> Array:
+        ds = [x - x0 for x in xs]
+        masks = [as_float(cut(x0), x0) if cut else namespace(x0).ones_like(x0) for cut in cuts]
+        for d, m in zip(ds, masks, strict=True):
+            d *= m
+        return x0 + add_up(ds) / clip(add_up(masks), 1) * factor
 
-    return blockwise(piece, base, *models, *(g for g in gains if g is not None))
+    return blockwise(piece, base, *models, grain=8)
 
 
 def _set_chances(n: int, drop: float, overlap: float, emphasis: float) -> Any:
@@ -192,14 +206,13 @@ def _set_chances(n: int, drop: float, overlap: float, emphasis: float) -> Any:
     return np.concatenate([[drop], chances / chances.sum() * (1 - drop)])
 
 
-def _joint_masks(
-    like: Array, chances: Any, n: int, generator: np.random.Generator
-) -> list[Array | None]:
+def _joint_masks(like: Array, chances: Any, n: int, generator: np.random.Generator) -> list[Packed]:
     """For each model the mask of the elements whose set, drawn with these chances, it is in."""
-    xp = namespace(like)
-    drawn = generator.random(numel(like), dtype=np.float32)
-    chosen = np.searchsorted(np.cumsum(chances)[:-1], drawn, side="right")
-    return [
-        xp.reshape(xp.asarray((chosen >> i) & 1 == 1, device=device(like)), like.shape)
-        for i in range(n)
-    ]
+    size, cuts = numel(like), np.cumsum(chances)[:-1]
+    bits = [np.empty(-(-size // 8), np.uint8) for _ in range(n)]
+    for i in range(0, size, BLOCK):
+        drawn = generator.random(min(BLOCK, size - i), dtype=np.float32)
+        chosen = np.searchsorted(cuts, drawn, side="right")
+        for model, row in enumerate(bits):
+            row[i // 8 : (i + BLOCK) // 8] = np.packbits((chosen >> model) & 1 == 1)
+    return [Packed(row) for row in bits]

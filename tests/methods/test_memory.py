@@ -1,0 +1,118 @@
+"""What a method that needs whole tensors takes of memory: law 8, for everything registered.
+
+Inputs count, and so does everything that is alive at the same time. The limit is four times the
+tensor, for methods of up to three models; a method of more takes a tensor more for each.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from plymix.registry import methods
+
+LIMIT = 4.0
+SLACK = 0.2
+"""Of the tensor: a piece or two, a sample, a few per cent of the elements to be sorted."""
+
+FACTORS = "LAPACK and numpy hold the matrix, its factors and their work space, some in float64"
+SPECTRUM = "a Fourier transform has complex numbers, of twice the size, and several at a time"
+KEYS = "a whole tensor is sorted by 64-bit keys, which the numbers in that order lie beside"
+STEPS = "a filter reads neighbours of what the step before it made, which is whole beside it"
+
+MORE = {
+    "crossover": (11, SPECTRUM),
+    "distribution_crossover": (12, SPECTRUM),
+    "gaussian_add": (5, STEPS),
+    "iso_c": (11, FACTORS),
+    "iso_cts": (33, FACTORS),
+    "knots": (18, FACTORS),
+    "polar": (50, FACTORS),
+    "pop_lora": (16, FACTORS),
+    "rotate": (19, FACTORS),
+    "smooth_add": (7, STEPS),
+    "top_k_tensor_sum": (11, KEYS),
+    "truncate_kronecker": (7.5, FACTORS),
+    "truncate_rank": (7, FACTORS),
+    "tsv_m": (19, FACTORS),
+    "wudi": (32, FACTORS),
+}
+"""Methods that cannot do with four: what they need instead, and why."""
+
+SMALL = {"BLOCK": 1 << 11, "SAMPLE": 1 << 10}
+"""What pieces and samples have here, so that they are small beside these small tensors."""
+
+WHOLE = [m for m in methods().values() if m.kind not in ("linear", "elementwise")]
+
+
+def test_table_names_registered_methods():
+    assert MORE.keys() <= {m.name for m in WHOLE}
+
+
+@pytest.mark.parametrize("kind", ["matrix", "convolution"])
+@pytest.mark.parametrize("m", WHOLE, ids=lambda m: m.name)
+def test_memory(m, kind, monkeypatch):
+    for module in [v for k, v in sys.modules.items() if k.startswith("plymix.methods")]:
+        for name, small in SMALL.items():
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, small)
+    limit, _ = MORE.get(m.name, (LIMIT, ""))
+    if m.name in MORE:
+        shape = (320, 256) if kind == "matrix" else (96, 64, 3, 3)
+    else:
+        shape = (768, 512) if kind == "matrix" else (256, 192, 3, 3)
+    for count in counts(m):
+        taken = memory(m, inputs(m, count, shape))
+        assert taken <= limit + SLACK
+
+
+def counts(m):
+    """The least number of models, and three where it takes so many."""
+    fixed = len(m.inputs)
+    least = fixed + m.min_variadic if m.variadic else fixed
+    if m.variadic and m.optional:
+        least -= m.optional
+    return sorted({least, max(least, 3)} if m.variadic else {fixed - m.optional, fixed})
+
+
+def inputs(m, count, shape):
+    """`count` models that differ a little, as files of 16 bits do; None for what is left out."""
+    r = np.random.default_rng(1)
+    common = r.standard_normal(shape, np.float32)
+    own = [0.25 * r.standard_normal(shape, np.float32) for _ in range(count)]
+    xs = [(common + x).astype(np.float16).astype(np.float32) for x in own]
+    if m.variadic and m.optional and count < len(m.inputs) + m.min_variadic:
+        return [*[None] * m.optional, *xs]
+    return xs
+
+
+def memory(m, xs):
+    """Bytes alive at a time at most while `m` works on `xs`, as multiples of a tensor."""
+    given = {}
+    if "key" in m.given:
+        given["key"] = "to_q.weight"
+    if "rng" in m.given:
+        given["rng"] = lambda model: np.random.Generator(np.random.Philox(key=[7, model]))
+    if "state" in m.given:
+        given["state"] = m.prepare(Keys({"to_q.weight": tuple(xs), "to_k.weight": tuple(xs)}))
+    there = [x for x in xs if x is not None]
+    with np.errstate(all="ignore"):
+        m.function(*(None if x is None else x[:8, :8] for x in xs), **given)  # what is kept for all
+        tracemalloc.start()
+        try:
+            m.function(*xs, **given)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    return len(there) + peak / (4 * math.prod(there[0].shape))
+
+
+class Keys(dict):
+    """The `Tensors` a `prepare` function is given."""
+
+    def shape(self, key):
+        return tuple(self[key][0].shape)
