@@ -27,7 +27,7 @@ STEPS = "a filter reads neighbours of what the step before it made, which is who
 MORE = {
     "crossover": (11, SPECTRUM),
     "distribution_crossover": (12, SPECTRUM),
-    "gaussian_add": (5, STEPS),
+    "gaussian_add": (5.25, STEPS),
     "iso_c": (11, FACTORS),
     "iso_cts": (33, FACTORS),
     "knots": (18, FACTORS),
@@ -35,7 +35,7 @@ MORE = {
     "pop_lora": (16, FACTORS),
     "rotate": (19, FACTORS),
     "smooth_add": (7, STEPS),
-    "top_k_tensor_sum": (11, KEYS),
+    "top_k_tensor_sum": (11.25, KEYS),
     "truncate_kronecker": (7.5, FACTORS),
     "truncate_rank": (7, FACTORS),
     "tsv_m": (19, FACTORS),
