@@ -194,6 +194,26 @@ def test_a_nested_formula():
     assert text == "0.75 × (0.5 × a.ckpt + 0.5 × b.ckpt) + 0.25 × c.ckpt"
 
 
+def test_long_chains_have_a_formula_and_a_plan(tmp_path):
+    """However many steps there are, and where each uses the one before twice."""
+    models = {n: str(write(tmp_path / f"{n}.safetensors", "sd1", i)) for i, n in enumerate("ab")}
+    once = {f"s{i}": ["b", f"s{i - 1}" if i else "a"] for i in reversed(range(1100))}
+    twice = {f"s{i}": [f"s{i - 1}" if i else "a"] * 2 for i in range(60)}
+    for used in (once, twice):
+        steps = {
+            name: {"method": "weighted_sum", "a": b, "b": a, "alpha": 0.5}
+            for name, (a, b) in used.items()
+        }
+        output = {"from": f"s{len(steps) - 1}", "component": "vae", "vae": "blend"}
+        found = from_dict({"models": models, "steps": steps, "output": output})
+        assert found.order() == tuple(f"s{i}" for i in range(len(steps)))
+        text = metadata.formula(found)
+        assert len(text) < 3 * metadata.LONGEST
+        assert "steps.s" in text
+        with planning.build(found) as planned:
+            assert planned.tensors
+
+
 def test_a_formula_tells_what_else_changes_the_weights():
     models = {n: f"{n}.ckpt" for n in "ab"}
     steps = {"x": {"method": "weighted_sum", "a": "a", "b": "b"}}

@@ -189,38 +189,39 @@ def _parsed(text: str | None) -> Any:
 # --- the formula, for people --------------------------------------------------------------------
 
 
-def formula(recipe: Recipe, name: str | None = None) -> str:
+LONGEST = 2_000
+"""Characters of a step's formula at most, where it is part of another's: then its name stands."""
+
+
+def formula(recipe: Recipe) -> str:
     """The merge as one line with file names: '(1 - a) sd.ckpt + a wd.ckpt, a = GRAD_V'.
 
     Settings stand in the order of their names, as a stored recipe has them: the formula of a replay
-    is that of the merge.
+    is that of the merge. A step that would be too long to read is called by its name.
     """
-    if name is None:
-        output = recipe.output
-        given = {what: getattr(output, part) for part, what in PARTS.items()}
-        parts = [
-            f"; {what} of {urls.name(recipe.models[n].file)}"
-            for what, n in given.items()
-            if n in recipe.models and n != recipe.base()
-        ]
-        parts += ["; EMA weights used"] if output.ema == "use" else []
-        adjusted = ", ".join(f"{k} = {_weight(v)}" for k, v in sorted(output.adjust.items()))
-        parts += [f"; adjusted {adjusted}"] if adjusted else []
-        parts += [f"; {output.component} alone"] if output.component else []
-        parts += [f"; without {', '.join(output.drop)}"] if output.drop else []
-        parts += [f"; repaired {', '.join(output.repair)}"] if output.repair else []
-        return formula(recipe, recipe.final) + "".join(parts)
-    if name not in recipe.steps:
-        return urls.name(recipe.models[name].file)
-    return _step_formula(recipe, recipe.steps[name])
+    output = recipe.output
+    given = {what: getattr(output, part) for part, what in PARTS.items()}
+    parts = [
+        f"; {what} of {urls.name(recipe.models[n].file)}"
+        for what, n in given.items()
+        if n in recipe.models and n != recipe.base()
+    ]
+    parts += ["; EMA weights used"] if output.ema == "use" else []
+    adjusted = ", ".join(f"{k} = {_weight(v)}" for k, v in sorted(output.adjust.items()))
+    parts += [f"; adjusted {adjusted}"] if adjusted else []
+    parts += [f"; {output.component} alone"] if output.component else []
+    parts += [f"; without {', '.join(output.drop)}"] if output.drop else []
+    parts += [f"; repaired {', '.join(output.repair)}"] if output.repair else []
+    operands = {name: urls.name(model.file) for name, model in recipe.models.items()}
+    text = operands.get(recipe.final, "")
+    for name in recipe.order():
+        step = recipe.steps[name]
+        text = _step_formula(step, [operands[n] for n in step.inputs if n])
+        operands[name] = f"({text})" if len(text) <= LONGEST else f"steps.{name}"
+    return text + "".join(parts)
 
 
-def _step_formula(recipe: Recipe, step: Step) -> str:
-    def operand(name: str) -> str:
-        text = formula(recipe, name)
-        return f"({text})" if name in recipe.steps else text
-
-    names = [operand(n) for n in step.inputs if n]
+def _step_formula(step: Step, names: Sequence[str]) -> str:
     alpha = step.params.get("alpha", 0.5 if step.method == "weighted_sum" else 1.0)
     rules = f", rules = {', '.join(step.rules)}" if step.rules else ""
     if step.method == "weighted_sum":

@@ -17,6 +17,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
+from graphlib import CycleError, TopologicalSorter
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, Union
@@ -175,14 +176,14 @@ class Recipe(msgspec.Struct, frozen=True):
     def order(self) -> tuple[str, ...]:
         """The steps the result needs, each after the steps it uses."""
         done: dict[str, bool] = {}  # name -> whether it is a step
-
-        def visit(name: str) -> None:
-            if name not in done:
-                for used in self.uses(name):
-                    visit(used)
+        path = [self.final]
+        while path:
+            first = next((used for used in self.uses(path[-1]) if used not in done), None)
+            if first is not None:
+                path.append(first)
+            else:
+                name = path.pop()
                 done[name] = name in self.steps
-
-        visit(self.final)
         return tuple(name for name, is_step in done.items() if is_step)
 
 
@@ -491,21 +492,11 @@ def _check_references(recipe: Recipe) -> None:
         for used in recipe.uses(name):
             if used not in known:
                 raise unknown(f"model or step in steps.{name}", used, known)
-    state: dict[str, str] = {}
-
-    def visit(name: str, path: tuple[str, ...]) -> None:
-        if state.get(name) == "open":
-            loop = [*path[path.index(name) :], name]
-            raise Refusal(f"the steps go round in a circle: {' -> '.join(loop)}")
-        if name in state:
-            return
-        state[name] = "open"
-        for used in recipe.uses(name):
-            visit(used, (*path, name))
-        state[name] = "done"
-
-    for name in recipe.steps:
-        visit(name, ())
+    try:
+        TopologicalSorter({name: recipe.uses(name) for name in recipe.steps}).prepare()
+    except CycleError as e:
+        loop = " -> ".join(reversed(e.args[1]))
+        raise Refusal(f"the steps go round in a circle: {loop}") from None
 
 
 def from_metadata(metadata: Mapping[str, str], where: str) -> Recipe:

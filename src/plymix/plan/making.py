@@ -44,7 +44,8 @@ class Making(Opening):
 
     def make(self) -> tuple[tuple[Tensor, ...], dict[str, Place], dict[str, Fate]]:
         """The result's tensors; by their names, where they belong and what became of them."""
-        self.known: dict[tuple[str, str], tuple[Expr, tuple[int, ...]] | None] = {}
+        self.known: dict[str, tuple[Expr, tuple[int, ...]] | None] = {}  # of one key
+        self.known_at = ""
         self.lacking: dict[str, list[str]] = {}  # what a missing tensor led to -> keys
         self.unwritten: Mapping[str, str] = {}  # what the result's layout cannot hold -> why
         self.components: tuple[str, ...] = ()
@@ -314,7 +315,10 @@ class Making(Opening):
             why = "" if swap is self.base else f"{place.component} of {swap.label}"
         else:
             kept = self._kept(key)
-            value = kept or self._value(self.recipe.final, key, place)
+            value = kept
+            # Each step after those it uses: a chain of any length nests no calls.
+            for name in () if kept else (*self.settings, self.recipe.final):
+                value = self._value(name, key, place)
             if value is None:
                 return None
             expr, shape = value
@@ -386,10 +390,11 @@ class Making(Opening):
 
     def _value(self, name: str, key: str, place: Place) -> tuple[Expr, tuple[int, ...]] | None:
         """What model or step `name` has at `key`, and its shape; None: it has no such tensor."""
-        if (name, key) not in self.known:
-            self.known = {at: v for at, v in self.known.items() if at[1] == key}
-            self.known[name, key] = self._made(name, key, place)
-        return self.known[name, key]
+        if key != self.known_at:
+            self.known, self.known_at = {}, key
+        if name not in self.known:
+            self.known[name] = self._made(name, key, place)
+        return self.known[name]
 
     def _made(self, name: str, key: str, place: Place) -> tuple[Expr, tuple[int, ...]] | None:
         if name in self.by_name:
