@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from plymix.methods import Array
 from plymix.methods.arrays import BLOCK, blockwise, flatten, namespace, numel
 
 SAMPLE = 1 << 13
-"""Elements that tell about where a tensor's k-th largest lies."""
+"""Elements that tell about where a tensor's k-th largest lies; of large ones up to 8 times more."""
 
 
 def mask_where(test: Callable[..., Array], *arrays: Array) -> Array:
@@ -213,7 +214,8 @@ def each_kth_largest(
         return [(float(c), int(xp.count_nonzero(scores > c))) for c in (cuts[n - k] for k in ks)]
     found: list[tuple[float, int] | None] = [None] * len(ks)
     if n >= 8 * SAMPLE:
-        found = _between(ks, [_bracket(k, score, flat) for k in ks], score, flat)
+        sample = _sample(score, flat)
+        found = _between(ks, [_bracket(1 - k / n, sample) for k in ks], score, flat)
     if None in found:
         scores = blockwise(score, *flat)
         if any(np.may_share_memory(scores, x) for x in arrays):
@@ -233,17 +235,23 @@ def _partitioned(k: int, scores: Any) -> tuple[float, int]:
     return cut, int(np.count_nonzero(scores[at:] > cut))
 
 
-def _bracket(k: int, score: Callable[..., Array], flat: list[Array]) -> tuple[float, float]:
-    """Two numbers, low < high, that the k-th largest score nearly always lies between."""
+def _sample(score: Callable[..., Array], flat: list[Array]) -> Any:
+    """Some of the scores, sorted."""
     n = flat[0].shape[0]
+    size = min(max(SAMPLE, n >> 7), 8 * SAMPLE)
     # scattered, as a stride may always meet the same column; the golden ratio leaves no gaps
-    at = np.arange(SAMPLE, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) % np.uint64(n)
-    sample = np.sort(score(*(x[at] for x in flat)))
-    share = 1 - k / n
-    middle, spread = SAMPLE * share, 4 * math.sqrt(SAMPLE * share * (1 - share)) + 2
+    at = np.arange(size, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) % np.uint64(n)
+    return np.sort(score(*(x[at] for x in flat)))
+
+
+def _bracket(share: float, sample: Any) -> tuple[float, float]:
+    """Two numbers, low < high, that what is above this share of the scores nearly always lies
+    between."""
+    size = sample.shape[0]
+    middle, spread = size * share, 4 * math.sqrt(size * share * (1 - share)) + 2
     first, last = int(middle - spread), int(middle + spread) + 1
     low = sample[first] if first >= 0 else min(sample[0], sample.dtype.type(0))
-    high = sample[last] if last < SAMPLE else sample.dtype.type(np.inf)
+    high = sample[last] if last < size else sample.dtype.type(np.inf)
     return float(low), float(max(high, np.nextafter(low, np.inf, dtype=sample.dtype)))
 
 
@@ -308,9 +316,8 @@ def by_rank(values: Array, x: Array) -> Array:
         order = xp.argsort(x, axis=-1, stable=True)
         return values[xp.argsort(order, axis=-1, stable=True)]
     # Bits and index share one 64-bit key: a plain sort of those is a stable argsort, and faster.
-    keys = np.ascontiguousarray(x).view(np.uint32).astype(np.int64)
-    keys <<= 32
-    keys |= np.arange(x.size).reshape(x.shape)
+    keys = np.arange(x.size, dtype=np.int64).reshape(x.shape)
+    keys.view(np.uint32)[:, int(sys.byteorder == "little") :: 2] = x.view(np.uint32)
     keys.sort(axis=-1)
     keys &= 0xFFFFFFFF
     found = np.empty(x.size, values.dtype)

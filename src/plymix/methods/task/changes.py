@@ -46,8 +46,15 @@ def sce(
     n = len(models)
     mask = None
     if select < 1:
-        variance = blockwise(_variance, base, *models)
-        varied = int(namespace(base).count_nonzero(variance))
+        varied = 0
+
+        def counted(*xs: Array) -> Array:
+            nonlocal varied
+            v = _variance(*xs)
+            varied += int(namespace(v).count_nonzero(v != 0))
+            return v
+
+        variance = blockwise(counted, base, *models)
         mask = packed_top_mask(int(select * varied), variance)
         del variance  # makes room for the result
     powers = np.diag(products(base, models, [mask] * n)) / max(numel(base), 1)

@@ -52,9 +52,13 @@ class Ranked(Lazy):
             xp = namespace(scores)
             r = xp.arange(m, dtype=scores.dtype, device=device(scores))
             p = low + spread * (r / (m - 1) if m > 1 else r + 0.5)
-            p = flatten(by_rank(p, xp.reshape(scores, (-1, m))))
+            p = flatten(by_rank(clip(p, 1e-12), xp.reshape(scores, (-1, m))))
             mask = uniform(generator, scores) < p
-            return as_float(mask, scores) / clip(p, 1e-12) if self.keep else mask
+            if not self.keep:
+                return mask
+            gains = as_float(mask, scores)
+            gains /= p
+            return gains
 
         return gain
 

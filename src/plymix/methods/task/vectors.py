@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Union
 
+import numpy as np
+
 from plymix.methods import Array
 from plymix.methods.arrays import add_up, blockwise, clip, gram, namespace
 from plymix.methods.selection import Lazy
@@ -110,10 +112,13 @@ def merge(
             kept, sign = _elected(kept, vote, voices or strengths)
         d = _weighted_sum(kept, strengths)
         if divide:
-            d = d / _divisor([k != 0 for k in kept], by, floor, x0)
+            d /= _divisor([k != 0 for k in kept], by, floor, x0)
         if vote:
-            d = d * sign
-        return x0 + (d if scale == 1 else d * scale)
+            d *= sign
+        if scale != 1:
+            d *= scale
+        d += x0
+        return d
 
     return blockwise(piece, base, *models, *_given(gains), grain=_grain(gains))
 
@@ -123,16 +128,16 @@ def _divisor(there: Sequence[Array], weights: Sequence[float], floor: float, lik
     xp = namespace(like)
     if not floor and all(w == 1 for w in weights):
         count = add_up([xp.astype(t, xp.int16) for t in there])
-        return as_float(clip(count, 1), like)
+        count += xp.astype(count == 0, xp.int16)  # of small integers, quicker than a limit
+        return as_float(count, like)
     total = _weighted_sum([as_float(t, like) for t in there], weights)
-    if floor:
-        total = clip(total, floor)
-    return total + as_float(total == 0, like)
+    return clip(total, floor) if floor else total + as_float(total == 0, like)
 
 
 def distance(x0: Array, x: Array, *gain: Array) -> Array:
     """|d| of one model, after its gain if it has one: the score that trimming ranks by."""
-    d = namespace(x0).abs(x - x0)
+    d = x - x0
+    d = np.abs(d, out=d) if isinstance(d, np.ndarray) else namespace(x0).abs(d)
     return d * as_float(gain[0], d) if gain else d
 
 
