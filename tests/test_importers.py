@@ -394,8 +394,45 @@ def test_comfyui_text_encoder_apart():
     assert only_step(read(other)).params == {"alpha": {"base": 0, "default": 0.7, "blocks": {}}}
     crossed = comfy()
     crossed["4"]["inputs"].update(clip1=["2", 1], clip2=["1", 1])
-    found = read(crossed)
-    assert any("text encoders are merged as" in note for note in found.notes)
+    *_, last = read(crossed).recipe.steps.values()
+    assert last.params == {"alpha": {"base": 1.0, "default": 0.0, "blocks": {}}}
+
+
+@pytest.mark.parametrize("model", [["3", 0], ["1", 0], ["9", 0]])
+def test_comfyui_text_encoders_merged_otherwise(model, tmp_path):
+    """The U-Net by one formula or as it is, the text encoder by another, of other models."""
+    for seed, name in enumerate("ab"):
+        tiny.write(tmp_path / f"{name}.safetensors", seed=seed, dtype="F32")
+    start = "model.diffusion_model."
+    header, values, _ = tiny.read_safetensors(tmp_path / "a.safetensors")
+    bare = {key: kind for key, kind in header.items() if key.startswith(start)}
+    tiny.write_safetensors(
+        tmp_path / "bare.safetensors",
+        {key.removeprefix(start): kind for key, kind in bare.items()},
+        {key.removeprefix(start): values[key] for key in bare},
+    )
+    loader = {"class_type": "UNETLoader", "inputs": {"unet_name": "bare.safetensors"}}
+    prompt = comfy() | ({"9": loader} if model == ["9", 0] else {})
+    prompt["4"]["inputs"].update(clip1=["2", 1], clip2=["1", 1], ratio=0.25)
+    prompt["5"]["inputs"]["model"] = model
+    plymix.merge(read(prompt).recipe, tmp_path / "out.safetensors", models=[str(tmp_path)])
+    a, b, got = (tiny.read_safetensors(tmp_path / f"{n}.safetensors")[1] for n in ("a", "b", "out"))
+    assert got.keys() == a.keys()
+    ratio = prompt["3"]["inputs"]["ratio"] if model == ["3", 0] else 1.0
+    for start, share in (("model.diffusion_model.", 1 - ratio), ("cond_stage_model.", 0.25)):
+        for key in (k for k in got if k.startswith(start) and "position_ids" not in k):
+            expected = (1 - share) * a[key].astype(float) + share * b[key].astype(float)
+            assert abs(got[key] - expected).max() < 1e-7, key
+
+
+def test_comfyui_model_save_is_the_denoiser_alone(tmp_path):
+    for seed, name in enumerate("ab"):
+        tiny.write(tmp_path / f"{name}.safetensors", seed=seed)
+    prompt = comfy()
+    prompt["5"] = {"class_type": "ModelSave", "inputs": {"model": ["3", 0]}}
+    plymix.merge(read(prompt).recipe, tmp_path / "out.safetensors", models=[str(tmp_path)])
+    whole, got = (tiny.read_safetensors(tmp_path / f"{n}.safetensors")[0] for n in ("a", "out"))
+    assert list(got) == [key for key in whole if key.startswith("model.diffusion_model.")]
 
 
 def test_comfyui_vae_and_sampling_nodes():

@@ -93,11 +93,15 @@ def read(record: Record) -> Imported:
     made = graph.at(inputs.get("model"), "model")
     output: dict[str, Any] = {"title": str(inputs.get("filename_prefix", "")).rpartition("/")[2]}
     if "clip" in inputs:
-        made, output["text_encoder"] = _with_clip(record, made, graph.at(inputs["clip"], "clip"))
+        made, output["text_encoder"] = _with_clip(made, graph.at(inputs["clip"], "clip"))
+        if not output["text_encoder"]:  # a denoiser's own file has none that it could be merged to
+            output["union"] = any(_class(node) == "UNETLoader" for node in prompt.values())
     if "vae" in inputs:
         vae = graph.at(inputs["vae"], "vae")
         if vae != _base(made):
             output["vae"] = vae
+    if _class(prompt[saves[-1]]) == "ModelSave":  # the denoiser alone, by the names of checkpoints
+        output |= {"component": "unet", "prefix": True}
     if graph.tables:
         output["block_view"] = "comfyui"
     return record.done(made, {k: v for k, v in output.items() if v})
@@ -109,19 +113,15 @@ def _base(x: Expression) -> Expression:
     return x
 
 
-def _with_clip(
-    record: Record, made: Expression, clip: Expression
-) -> tuple[Expression, Expression | str]:
+def _with_clip(made: Expression, clip: Expression) -> tuple[Expression, Expression | str]:
     """The merge of the models with that of the text encoders, and output.text_encoder."""
     both = _combined(made, clip)
     if both is not None:
         return both, ""
-    if isinstance(clip, Merge):
-        record.note(
-            f"the text encoders are merged as {clip!r}, the models otherwise; here the text"
-            f" encoder is that of {_base(clip)!r}"
-        )
-    return made, _base(clip)
+    if isinstance(clip, Merge):  # a step that takes BASE, the text encoders, from it
+        alpha = {"base": 1.0, "default": 0.0, "blocks": {}}
+        return merge_method("weighted_sum", made, clip, alpha=alpha), ""
+    return made, clip
 
 
 def _combined(made: Expression, clip: Expression) -> Expression | None:
