@@ -427,8 +427,18 @@ def normal(generator: np.random.Generator, x: Array) -> Array:
 
 
 def uniform(generator: np.random.Generator, x: Array) -> Array:
-    """Numbers uniform in [0, 1), drawn on the CPU in float32, as an array like `x`."""
-    return like(generator.random(x.shape, dtype=np.float32), x)
+    """Numbers uniform in [0, 1), drawn on the CPU in float32, as an array like `x`.
+
+    What `generator.random` gives a new generator of 64-bit words, 24 bits of each half, in half the
+    time. Whoever asks for them in pieces takes an even number each time but for the last.
+    """
+    n = numel(x)
+    words = generator.bit_generator.random_raw(-(-n // 2)).astype("<u8", copy=False)
+    halves = words.view("<u4")[:n]
+    halves >>= 8
+    numbers = halves.view("<i4").astype(np.float32)  # signed: a processor's own conversion
+    numbers *= 2.0**-24
+    return like(numbers.reshape(x.shape), x)
 
 
 # -- to and from numpy ----------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -38,7 +39,7 @@ class Ranked(Lazy):
 
     @property
     def grain(self) -> int:
-        return self.m
+        return math.lcm(self.m, 2)  # see `uniform`
 
     def masks(self) -> Callable[[Array], Array]:
         m, low, spread, generator = (
