@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plymix import gpu, kernels
+import tiny
+from plymix import cli, gpu, kernels
 from plymix.errors import Refusal
 from tiny import encode
 
@@ -184,3 +185,25 @@ def test_no_torch(monkeypatch):
 def test_importing_the_module_does_not_import_torch():
     code = "import sys, plymix.gpu; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("merge", "a.safetensors", "b.safetensors", "-o", "out.ckpt"),
+        ("merge", "a.safetensors", "b.safetensors", "--dry-run"),
+        ("explain", "a.safetensors", "b.safetensors"),
+        ("run", "r.toml", "--dry-run"),
+    ],
+)
+def test_what_is_shown_without_cuda_is_refused_too(tmp_path, monkeypatch, capsys, words):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    for i, name in enumerate("ab"):
+        tiny.write(tmp_path / f"{name}.safetensors", "sd1", seed=i)
+    (tmp_path / "r.toml").write_text(
+        'models = {a = "a.safetensors", b = "b.safetensors"}\n'
+        '[steps.mix]\nmethod = "weighted_sum"\na = "a"\nb = "b"\n'
+    )
+    assert cli.run([*words, "--device", "cuda"]) == 2
+    assert "no CUDA device" in capsys.readouterr().err

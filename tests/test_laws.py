@@ -615,7 +615,7 @@ class TestAtomicOutput:
         for name in "ab":
             target = tmp_path / f"{name}.safetensors"
             before = target.read_bytes()
-            with pytest.raises(Refusal, match="exists"):
+            with pytest.raises(Refusal, match="is one of the models"):
                 merge(tmp_path, target)
             merge(tmp_path, target, force=True)
             assert data(target) == data(tmp_path / "want.safetensors")

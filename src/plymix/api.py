@@ -153,6 +153,12 @@ def two_models(
     plain merge by key, or a file that describes an architecture of your own. `block_view` says
     whose blocks the weights are for. Raises Refusal.
     """
+    if base is not None and text_encoder:
+        raise Refusal(
+            f"--base {base:g} is the share of the text encoder, which --text-encoder"
+            f" {os.fspath(text_encoder)} takes whole; keep one of them"
+        )
+    _drawn(rounding, seed)
     models = {"a": os.fspath(a), "b": os.fspath(b)}
     step: dict[str, Any] = {"method": method, "a": "a", "b": "b"}
     _takes_these(get_method(method), c is not None)
@@ -179,6 +185,12 @@ def two_models(
         "allow_mixed_prediction": allow_mixed_prediction,
     }
     return recipes.from_dict({"models": models, "steps": {"merge": step}, "output": output})
+
+
+def _drawn(rounding: str, seed: int) -> None:
+    """Refuse a seed that nothing is drawn from."""
+    if seed and rounding != "stochastic":
+        raise Refusal(f"--seed {seed} is for --rounding stochastic; say both or neither")
 
 
 def _takes_these(method: Method, three: bool) -> None:
@@ -323,6 +335,7 @@ def conversion(file: PathLike, path: Path, arch: PathLike = "", **output: Any) -
 
     What is no model (a VAE, a LoRA) is taken key by key, where no `arch` is named. Raises Refusal.
     """
+    _drawn(output.get("rounding", ""), output.get("seed", 0))
     with ExitStack() as stack:
         source = stack.enter_context(open_model(file))
         found = of_one(file, "a", arch=os.fspath(arch) or by_key(source), ema="keep", **output)
@@ -426,6 +439,14 @@ def ready(path: Path, force: bool, inputs: Iterable[PathLike] = ()) -> None:
     outputs.free(path.with_name(f"{path.stem}.safetensors.index.json"), force)
 
 
+def on_device(device: str) -> None:
+    """Refuse to compute where this machine cannot. Raises Refusal."""
+    if device != "cpu":
+        from plymix import gpu
+
+        gpu.require(device)
+
+
 def run(
     plan: Plan,
     path: Path,
@@ -443,10 +464,7 @@ def run(
     """
     from plymix import engine
 
-    if device != "cpu":
-        from plymix import gpu
-
-        gpu.require(device)
+    on_device(device)
     notes: list[str] = []
     if configs and not is_folder_name(path):
         raise Refusal(

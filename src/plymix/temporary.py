@@ -124,4 +124,4 @@ def _kernel() -> str:
 
 def _short(name: str) -> str:
     """`name`, cut so that the temporary's is no longer than a name may be."""
-    return name.encode()[:180].decode(errors="ignore")
+    return name.encode(errors="replace")[:180].decode(errors="ignore")

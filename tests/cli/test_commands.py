@@ -640,7 +640,7 @@ REFUSED: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     ((*MBW, "--weights", "1" + ",1" * 25, "--base_alpha", "0.5"), ("BASE is set to",)),
     ((*MBW, "--output", "out.bin"), (".bin", ".safetensors or .ckpt")),
     ((*MBW, "--output", "none/out.ckpt"), ("none does not exist",)),
-    ((*MBW, "--output", "a.safetensors"), ("exists", "--force")),
+    ((*MBW, "--output", "a.safetensors"), ("is one of the models", "--force")),
     (("mbw", "a.safetensors"), ("MODEL_2", "--help")),
     (("mbw", "a.safetensors", "gone.safetensors"), ("gone.safetensors does not exist",)),
     (("mbw", "a.safetensors", "empty.ckpt"), ("empty.ckpt is empty",)),
@@ -673,6 +673,11 @@ REFUSED: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("run", "gone.toml"), ("gone.toml does not exist",)),
     (("run", "a.safetensors"), ("a.safetensors is a model", "plymix replay", "recipe show")),
     ((*MERGE, "--arch", "any", "--alpha", "GRAD_V"), ("knows no blocks", "one number")),
+    ((*MERGE, "--arch", "any", "--base", "0.2"), ("base = 0.2", "arch any", "one number")),
+    ((*MERGE, "--arch", "any", "--alpha", "0.1,0.3"), ("base = 0.1", "arch any", "one number")),
+    ((*MERGE, "--text-encoder", "b", "--base", "0.3"), ("--base 0.3", "--text-encoder b", "keep")),
+    ((*MERGE, "--seed", "3"), ("--seed 3", "--rounding stochastic")),
+    (("convert", "a.safetensors", "out.ckpt", "--seed", "3"), ("--seed 3", "stochastic")),
     (("run", "r.toml", "--models", "nowhere"), ("--models nowhere is not a folder",)),
     (("inspect",), ("name a model file",)),
     (("inspect", "gone.safetensors"), ("does not exist",)),
@@ -803,6 +808,10 @@ def test_any_file_name_on_any_terminal(here: Path, name: str, encoding: str) -> 
             assert name in ran.out
         if "--json" in words:
             assert ran.json["blocks"][0]["tensors"]
+    for ending in ("safetensors", "ckpt"):
+        out = here / f"{name}-out.{ending}"
+        ran = plymix("merge", "a.safetensors", "b.safetensors", "-o", out, encoding=encoding)
+        assert ran.code == 0, ran.err
 
 
 # --- help ---------------------------------------------------------------------------------------

@@ -147,8 +147,8 @@ sys.exit(main())
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_merge_leaves_nothing(models: Path, tmp_path: Path, number: int) -> None:
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_stopped_merge_leaves_nothing(models: Path, tmp_path: Path, name: str) -> None:
     words = ("merge", models / "a.safetensors", models / "b.safetensors", "-o", "out.safetensors")
     alpha = ",".join(f"0.{i:02}" for i in range(25))
     process = subprocess.Popen(
@@ -162,11 +162,23 @@ def test_a_stopped_merge_leaves_nothing(models: Path, tmp_path: Path, number: in
         while not list(tmp_path.iterdir()) and process.poll() is None:
             assert time.monotonic() < end
             time.sleep(0.02)
-        process.send_signal(number)
+        process.send_signal(getattr(signal, name))
         out, err = process.communicate(timeout=30)
     assert (process.returncode, out) == (130, b"")
     assert err.splitlines()[-1] == b"plymix: stopped; nothing was written"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_under_nohup_a_closed_terminal_stops_nothing(tmp_path: Path) -> None:
+    code = """
+import os, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+from plymix import cli
+cli.run = lambda words, prog: os.kill(os.getpid(), signal.SIGHUP) or 0
+sys.exit(cli.main())
+"""
+    assert plymix(tmp_path, "--help", code=code).returncode == 0
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")

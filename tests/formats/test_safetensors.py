@@ -93,6 +93,8 @@ DEFECTS = {
     "half a byte": ({"a": entry("F4", (3,), (0, 2))}, bytes(2), None, "needs"),
     "metadata number": ({"__metadata__": {"epoch": 3}}, b"", None, "metadata"),
     "metadata list": ({"__metadata__": ["a"]}, b"", None, "metadata"),
+    "half a character": ({"\ud800": entry("U8", (1,), (0, 1))}, bytes(1), None, "surrogates"),
+    "half a character of text": ({"__metadata__": {"a": "\udfff"}}, b"", None, "surrogates"),
     "null": ({"a": None}, b"", None, "entry"),
 }
 

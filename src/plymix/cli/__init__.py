@@ -88,8 +88,10 @@ def _entry(words: Sequence[str], prog: str = "") -> int:
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")  # plymix has threads of its own, and results stay the same
     gc.set_threshold(1_000_000)  # a plan is tens of thousands of values without a cycle
-    if hasattr(signal, "SIGTERM"):
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill ends as Ctrl-C does
+    for name in ("SIGTERM", "SIGHUP"):  # a kill, and a terminal that is closed, end as Ctrl-C does
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # not under nohup
+            signal.signal(number, signal.default_int_handler)
     return run(words, prog)
 
 

@@ -297,6 +297,7 @@ def merge(
         recipe = api.aimed(recipe, path)
     with planned(recipe, strict=options.strict) as plan:
         if dry_run:
+            api.on_device(device)
             show_plan(plan, json)
         else:
             show_result(plan, carry_out(plan, path, threads, device, configs), json)
@@ -348,4 +349,5 @@ def explain(
         api.ready(path, force)
         recipe = api.aimed(recipe, path)
     with planned(recipe, models, beside, strict=options.strict) as plan:
+        api.on_device(device)
         show_plan(plan, json)

@@ -136,6 +136,7 @@ def run(
         found = api.aimed(found, path)
     with planned(found, models, beside, strict=strict) as plan:
         if dry_run:
+            api.on_device(device)
             show_plan(plan, json)
         else:
             show_result(plan, carry_out(plan, path, threads, device, configs), json)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -21,6 +22,7 @@ name = "safetensors"
 suffixes = (".safetensors", ".sft")
 MAX_HEADER = 100_000_000  # the library's limit
 MAX_RANK = 64
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def sniff(head: bytes) -> bool:
@@ -52,7 +54,10 @@ def _parse(handle: OpenFile) -> tuple[dict[str, str], dict[str, TensorInfo]]:
     if 8 + length > handle.size:
         raise bad(f"its header claims {length:,} bytes and the file has {handle.size:,}")
     try:
-        header = json.loads(handle.head(length, 8).decode("utf-8"), object_pairs_hook=no_twins)
+        text = handle.head(length, 8).decode("utf-8")
+        header = json.loads(text, object_pairs_hook=no_twins)
+        if _SURROGATE.search(text):  # half a character alone is none, and no other program reads it
+            json.dumps(header, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as e:
         reason = "nested too deeply" if isinstance(e, RecursionError) else str(e)
         raise bad(f"its header is not JSON ({reason[:120]})") from None

@@ -62,6 +62,11 @@ class Settings:
                 lists=view.lists,
                 names=view.names,
             )
+            if view.blocks == (ANY,) and not isinstance(weight, float) and found.base is not None:
+                raise Refusal(
+                    f"{field}: base = {found.base:g} is the text encoder's share, and arch any"
+                    " knows none; give one number"
+                )
             base = base_default(param, field) if found.base is None else found.base
             found = weights.Resolved(base, found.blocks, found.notes, found.parts)
             self.notes += found.notes
