@@ -121,6 +121,26 @@ def test_foreign_records_that_are_damaged(pair, tmp_path, text):
     assert sha(odd) in json.loads(found["sd_merge_models"])
 
 
+@pytest.mark.parametrize(
+    "folder", ["/home/me/secret/", "C:\\Users\\me\\secret\\", "~/secret/", "\\\\nas\\secret\\"]
+)
+def test_whole_paths_in_foreign_records_lose_their_folders(pair, tmp_path, folder):
+    own = {"custom_name": "half/half", "bake_in_vae": folder + "v.pt", "checks": [1, "x"]}
+    records = {
+        "sd_merge_recipe": json.dumps(own),
+        "sd_merge_models": json.dumps(
+            {"aa": {"name": folder + "old.ckpt", "sd_merge_recipe": own}}
+        ),
+    }
+    tensors, _ = load(pair[0])
+    found = said(save(tmp_path / "c.safetensors", tensors, records), pair[1])
+    assert "secret" not in json.dumps(found)
+    models = json.loads(found["sd_merge_models"])
+    kept = {"custom_name": "half/half", "bake_in_vae": "v.pt", "checks": [1, "x"]}
+    assert models["aa"] == {"name": "old.ckpt", "sd_merge_recipe": kept}
+    assert [m["sd_merge_recipe"] for m in models.values() if m["name"] == "c.safetensors"] == [kept]
+
+
 def test_one_file_as_both_models(pair):
     found = said(pair[0], pair[0], alpha=0.3)
     assert json.loads(found["sd_merge_models"]).keys() == {sha(pair[0])}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
@@ -25,6 +26,9 @@ from plymix.respelling import NAMES_KEY, habits, remembered
 
 CONFIG_KEY = "plymix.model_config"
 """What shapes cannot tell of a model's networks, as JSON: `plymix.images.live` reads it."""
+
+_WHOLE = re.compile(r"(?:[A-Za-z]:|~)?[/\\][^\n]*[^/\\\n]").fullmatch
+"""Matches a whole path, of Windows or of others."""
 
 A1111_METHODS = {"weighted_sum": "Weighted sum", "add_difference": "Add difference"}
 
@@ -181,9 +185,17 @@ def _parsed(text: str | None) -> Any:
     if text is None:
         return None
     try:
-        return json.loads(text)
+        return json.loads(text, object_hook=_without_folders)
     except (ValueError, RecursionError):
         return text
+
+
+def _without_folders(fields: dict[str, Any]) -> dict[str, Any]:
+    """A JSON object whose texts name files without their folders: some tools record whole paths."""
+    return {
+        key: re.split(r"[/\\]", value)[-1] if isinstance(value, str) and _WHOLE(value) else value
+        for key, value in fields.items()
+    }
 
 
 # --- the formula, for people --------------------------------------------------------------------
