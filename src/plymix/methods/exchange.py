@@ -9,6 +9,7 @@ from plymix.methods import Array
 from plymix.methods.arrays import (
     argsort,
     blockwise,
+    choose,
     flatten,
     kth_smallest,
     lerp,
@@ -16,6 +17,7 @@ from plymix.methods.arrays import (
     numel,
     unsort,
 )
+from plymix.methods.selection import kth_largest
 from plymix.registry import Range, Share, method
 
 
@@ -135,10 +137,10 @@ def sparse_topk_delta(a: Array, b: Array, *, alpha: float = 1.0, beta: Share = 0
     if k == n:
         return lerp(a, b, alpha)
     xp = namespace(a, b)
-    threshold = kth_smallest(blockwise(lambda a, b: xp.abs(b - a), a, b), n - k + 1)
+    threshold, _ = kth_largest(k, lambda a, b: xp.abs(b - a), a, b)
 
     def one(a: Array, b: Array) -> Array:
-        return xp.where(xp.abs(b - a) >= threshold, lerp(a, b, alpha), a)
+        return choose(xp.abs(b - a) >= threshold, lerp(a, b, alpha), a)
 
     return blockwise(one, a, b)
 
