@@ -365,6 +365,20 @@ def test_a_session_goes_on_after_a_refused_change(folder):
         assert session.tensor(changed[0]).size
 
 
+def test_a_session_changes_one_block_of_a_range(folder, tmp_path):
+    a, b = (plymix.model(folder / f"{n}.safetensors") for n in "ab")
+    alpha = {"base": 0.5, "blocks": {"IN00-IN06": 0.25, "M00": 0.5}}
+    single = {f"IN0{i}": 0.75 if i == 5 else 0.25 for i in range(7)} | {"M00": 0.5}
+    with plymix.Session(a.weighted_sum(b, alpha=alpha)) as session:
+        changed = session.set("steps.step1.alpha.blocks.IN05", 0.75)
+        session.write(tmp_path / "session.safetensors")
+    assert all(".input_blocks.5." in name for name in changed)
+    whole = a.weighted_sum(b, alpha={"base": 0.5, "blocks": single})
+    plymix.merge(whole, tmp_path / "whole.safetensors")
+    states = [tiny.read_safetensors(tmp_path / f"{n}.safetensors")[1] for n in ("session", "whole")]
+    assert all((states[0][k] == x).all() for k, x in states[1].items())
+
+
 def test_a_session_writes_shards(folder, tmp_path):
     """Which have no file of the name that was given; they are made whole each time."""
     a, b = (plymix.model(folder / f"{n}.safetensors") for n in "ab")

@@ -259,6 +259,9 @@ def test_from_metadata():
         {"curve": "cosine"},
         {"base": 0.2, "blocks": {"IN00": 0.1}},
         {"blocks": {"curve": "cosine"}},
+        {"blocks": {"IN00-IN06": 0.1}},
+        {"M00-IN05": 0.1, "OUT11": 0.3},
+        {"blocks": {"M00 IN05": 0.1}},
     ],
 )
 def test_one_block_can_be_set_however_the_weight_is_written(alpha):
@@ -273,6 +276,14 @@ def test_one_block_can_be_set_however_the_weight_is_written(alpha):
     else:
         assert found.params["alpha"]["blocks"]["IN05"] == 0.3
     assert recipe.from_json(recipe.to_json(after)) == after
+
+
+def test_a_set_block_is_known_in_any_case():
+    models = {"a": "a.safetensors", "b": "b.safetensors"}
+    step = {"method": "weighted_sum", "a": "a", "b": "b", "alpha": {"blocks": {"in05": 0.5}}}
+    given = recipe.from_dict({"models": models, "steps": {"s": step}})
+    after = recipe.with_setting(given, "steps.s.alpha.blocks.IN05", "0.1")
+    assert after.steps["s"].params["alpha"] == {"blocks": {"in05": 0.1}}
 
 
 def test_a_set_block_gives_way_to_the_rules_of_its_step():

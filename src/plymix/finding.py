@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -48,7 +49,7 @@ def find(
         if here is not None:
             found[name] = here
             continue
-        altered = next(_named(model, places), None) or web
+        altered = next(_named(model, places), None) or _namesake(model, folders) or web
         if altered is not None:
             trouble.append(
                 f"{urls.text(altered)} is not the {model.file} that the recipe names (other"
@@ -88,6 +89,12 @@ def _named(model: Model, places: Sequence[Path]) -> Iterator[Path]:
         names = [path, Path(path.name)]
     candidates = dict.fromkeys(place / name for place in places for name in names)
     return (candidate for candidate in candidates if os.path.exists(candidate))
+
+
+def _namesake(model: Model, folders: Folders) -> Path | None:
+    """A file of the model's name anywhere below `folders`."""
+    name = glob.escape(urls.name(model.file))
+    return next((path for f in folders for path in Path(f).expanduser().rglob(name)), None)
 
 
 def _by_content(model: Model, folders: Folders, stopped: Callable[[], bool]) -> Path | None:

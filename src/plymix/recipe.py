@@ -522,7 +522,8 @@ def with_setting(recipe: Recipe, path: str, text: str) -> Recipe:
     """`--set steps.mix.alpha.base=0.3`: the recipe with one value replaced.
 
     `steps.mix.alpha.blocks.IN05=0.3` works for every way to write a weight: where the blocks are a
-    preset, a list or a curve, it becomes a rule of the step, before its other rules.
+    preset, a list or a curve, or ranges that may hold it, it becomes a rule of the step, before its
+    other rules.
     """
     found = to_dict(recipe)
     keys = path.split(".")
@@ -536,8 +537,11 @@ def with_setting(recipe: Recipe, path: str, text: str) -> Recipe:
             at[key] = _opened(at[key])
         elif key == weight and keys[3] == "blocks":
             at[key] = weights.under_blocks(at[key])
-        if weight and key == "blocks" == keys[-2] and _is_curve(at[key]):
-            return from_dict(_with_rule(found, keys, value))
+        if weight and key == "blocks" == keys[-2]:
+            same = (k for k in at[key] if k.upper() == keys[-1].upper())
+            keys[-1] = keys[-1] if _is_curve(at[key]) else next(same, keys[-1])
+            if _is_curve(at[key]) or _in_a_range(keys[-1], at[key]):
+                return from_dict(_with_rule(found, keys, value))
         at = at[key]
     if not isinstance(at, dict):
         raise Refusal(f"--set {path}: {'.'.join(keys[:-1])} is not a table")
@@ -574,6 +578,27 @@ def _with_rule(found: dict[str, Any], keys: list[str], value: Any) -> dict[str, 
 def _is_curve(blocks: Any) -> bool:
     """Whether `blocks` is anything but a table of block names: preset, list, or curve."""
     return not isinstance(blocks, dict) or "curve" in blocks
+
+
+def _in_a_range(block: str, table: Mapping[str, Any]) -> bool:
+    """Whether a range or a row of blocks in `table` may hold `block`, which is not a key of it.
+
+    Where a range goes from one kind of block to another (IN05-OUT03), only a model knows what lies
+    between.
+    """
+
+    def kind(name: str) -> str:
+        return name.upper().rstrip("0123456789")
+
+    if block in table:
+        return False
+    words = [word.partition("-") for name in table for word in name.split()]
+    return any(
+        kind(first) == kind(block) or kind(first) != kind(last)
+        if last
+        else first.upper() == block.upper()
+        for first, _, last in words
+    )
 
 
 def _opened(weight: Any) -> dict[str, Any]:

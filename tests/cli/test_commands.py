@@ -521,6 +521,13 @@ def test_a_shown_recipe_finds_its_models_as_a_replay_does(here: Path) -> None:
     raw[-1] ^= 1
     (here / "b.safetensors").write_bytes(raw)
     refused("b.safetensors is not the b.safetensors that the recipe names (other content: ")
+    (here / "kept" / "deep" / "renamed.safetensors").unlink()
+    (here / "b.safetensors").rename(here / "kept" / "deep" / "b.safetensors")
+    ran = plymix(*run, *there)
+    assert (ran.code, "b.safetensors is not the b.safetensors that the recipe" in ran.err) == (
+        2,
+        True,
+    )
     assert not (here / "two.safetensors").exists()
 
 
