@@ -243,6 +243,13 @@ def test_truncated(tmp_path, keep):
     assert path.name in found.findings[0].text
 
 
+def test_a_file_without_tensors(tmp_path):
+    (tmp_path / "m.safetensors").write_bytes(tiny.to_bytes({}, {}))
+    found = check(tmp_path / "m.safetensors")
+    assert [(f.severity, f.kind) for f in found.findings] == [("error", "empty")]
+    assert found.exit_code == 1
+
+
 def test_no_such_file(tmp_path):
     with pytest.raises(Refusal, match="does not exist"):
         check(tmp_path / "none.safetensors")

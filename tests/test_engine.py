@@ -12,7 +12,7 @@ import plymix
 from plymix import engine, kernels, plan
 from plymix.engine import work, worker
 from plymix.engine.files import AtomicFile, Buffers, steps
-from plymix.errors import Cancelled, Failure
+from plymix.errors import Cancelled, Failure, Refusal
 from plymix.expr import Leaf, Sum, Tensor
 from plymix.formats import Handle, TensorInfo
 from plymix.recipe import from_dict
@@ -336,3 +336,10 @@ def test_the_input_is_not_changed(tmp_path):
     assert load(tmp_path / "o.safetensors")[0]["x"][0] == "BF16"
     want = exact([0.7, 0.3], [load(f)[0]["x"] for f in files.values()])
     assert deviation(load(tmp_path / "o.safetensors")[0]["x"], want, "BF16")[1] <= 1
+
+
+def test_fewer_threads_than_none_are_refused(tmp_path):
+    file = save(tmp_path / "a.safetensors", {"w": draw("F32", (4,))})
+    found = recipe({"a": file, "b": file})
+    with pytest.raises(Refusal, match="threads = -2"):
+        plymix.merge(found, out=tmp_path / "o.safetensors", threads=-2)

@@ -465,6 +465,8 @@ def run(
     from plymix import engine
 
     on_device(device)
+    if threads < 0:
+        raise Refusal(f"threads = {threads} is less than 0; 0 means one per processor")
     notes: list[str] = []
     if configs and not is_folder_name(path):
         raise Refusal(

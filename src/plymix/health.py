@@ -42,9 +42,9 @@ class Finding(msgspec.Struct, frozen=True):
     """One thing that is wrong with, or should be known of, a file.
 
     `kind` is "nan", "infinity", "overflow", "zeros", "position_ids", "incomplete", "twice",
-    "damaged", "names", "schedules", "prediction", "vae", "buffers" or "unchecked". `text` is a
-    sentence that says what to do. `keys` are all tensors concerned and `elements` how many of their
-    numbers.
+    "damaged", "empty", "names", "schedules", "prediction", "vae", "buffers" or "unchecked". `text`
+    is a sentence that says what to do. `keys` are all tensors concerned and `elements` how many of
+    their numbers.
     """
 
     severity: Severity
@@ -124,6 +124,8 @@ def _health(
         *known_bad(source, paired),
         *_unchecked(source),
     ]
+    if not source.tensors:
+        found.append(Finding("error", "empty", "no tensor is in the file; fetch it again"))
     found.sort(key=lambda f: ("error", "warning", "note").index(f.severity))
     nbytes = sum(info.nbytes for info in source.tensors.values())
     return Health(source.path.name, detection.title, len(source.tensors), nbytes, tuple(found))
