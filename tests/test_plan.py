@@ -152,6 +152,17 @@ def without(*names):
     return change
 
 
+@pytest.mark.parametrize(("method", "tensors"), [("slerp", 4), ("polar", 50)])
+def test_the_memory_that_a_method_declares_is_told(tmp_path, method, tensors):
+    x = draw("F16", (60, 40), 1)
+    models = {n: str(save(tmp_path / f"{n}.safetensors", {"x": x})) for n in "ab"}
+    steps = {"s": {"method": method, "a": "a", "b": "b"}}
+    found = from_dict({"models": models, "steps": steps, "output": {"arch": "any"}})
+    with plan.build(found) as planned:
+        for threads in (1, 3):
+            assert planned.memory(threads) == (64 << 20) + threads * tensors * 60 * 40 * 4
+
+
 def test_keys_only_in_a_stay_and_only_in_b_are_left_out(tmp_path):
     mine, theirs = UNET + "out.0.bias", UNET + "middle_block.0.in_layers.0.bias"
     a = made(tmp_path / "a.safetensors", seed=1, change=without(theirs))

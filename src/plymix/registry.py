@@ -126,6 +126,7 @@ class Method:
     prepare: Callable[..., Any] | None
     delta: bool  # True: the result is a difference, not a model
     adapters: bool  # True: the variadic inputs are LoRAs, given as what they add to the first
+    room: int  # tensors in float32 that a call on up to three models takes, they among them
     label: str
     doc: str
 
@@ -175,17 +176,21 @@ def method(
     min_models: int = 1,
     delta: bool = False,
     adapters: bool = False,
+    room: int = 4,
 ) -> Callable[[F], F]:
     """Register a merge method. `prepare` is documented in `plymix.methods`.
 
     `min_models` is the least number of `*models`. `delta` marks a method whose result is a
     difference between models, to be added to one by a later step. `adapters` marks one whose
-    variadic inputs are LoRA files: it is given what they add to its first input.
+    variadic inputs are LoRA files: it is given what they add to its first input. `room` is the
+    memory that a call on up to three models takes at most, in tensors of float32, the models among
+    them: more than 4 where a decomposition, a Fourier transform, a sort by 64-bit keys or the steps
+    of a filter must be whole beside them.
     """
 
     def register(function: F) -> F:
         built = _read(
-            function, kind, name or function.__name__, prepare, min_models, delta, adapters
+            function, kind, name or function.__name__, prepare, min_models, delta, adapters, room
         )
         if built.name in _METHODS and _METHODS[built.name].function is not function:
             raise ValueError(f"two merge methods are called {built.name!r}")
@@ -203,6 +208,7 @@ def _read(
     min_models: int,
     delta: bool,
     adapters: bool,
+    room: int,
 ) -> Method:
     hints = typing.get_type_hints(function, include_extras=True)
     inputs: list[str] = []
@@ -241,6 +247,7 @@ def _read(
         prepare=prepare,
         delta=delta,
         adapters=adapters,
+        room=room,
         label=doc.splitlines()[0].strip(),
         doc=doc,
     )

@@ -1,7 +1,8 @@
 """What a method that needs whole tensors takes of memory: law 8, for everything registered.
 
 Inputs count, and so does everything that is alive at the same time. The limit is four times the
-tensor, for methods of up to three models; a method of more takes a tensor more for each.
+tensor, or the `room` that a method declares, for methods of up to three models; a method of more
+takes a tensor more for each.
 """
 
 from __future__ import annotations
@@ -15,42 +16,13 @@ import pytest
 
 from plymix.registry import methods
 
-LIMIT = 4.0
 SLACK = 0.2
 """Of the tensor: a piece or two, a sample, a few per cent of the elements to be sorted."""
-
-FACTORS = "LAPACK and numpy hold the matrix, its factors and their work space, some in float64"
-SPECTRUM = "a Fourier transform has complex numbers, of twice the size, and several at a time"
-KEYS = "a whole tensor is sorted by 64-bit keys, which the numbers in that order lie beside"
-STEPS = "a filter reads neighbours of what the step before it made, which is whole beside it"
-
-MORE = {
-    "crossover": (11, SPECTRUM),
-    "distribution_crossover": (12, SPECTRUM),
-    "gaussian_add": (5.25, STEPS),
-    "iso_c": (11, FACTORS),
-    "iso_cts": (33, FACTORS),
-    "knots": (18, FACTORS),
-    "polar": (50, FACTORS),
-    "pop_lora": (16, FACTORS),
-    "rotate": (19, FACTORS),
-    "smooth_add": (7, STEPS),
-    "top_k_tensor_sum": (11.25, KEYS),
-    "truncate_kronecker": (7.5, FACTORS),
-    "truncate_rank": (7, FACTORS),
-    "tsv_m": (19, FACTORS),
-    "wudi": (32, FACTORS),
-}
-"""Methods that cannot do with four: what they need instead, and why."""
 
 SMALL = {"BLOCK": 1 << 11, "SAMPLE": 1 << 10}
 """What pieces and samples have here, so that they are small beside these small tensors."""
 
 WHOLE = [m for m in methods().values() if m.kind not in ("linear", "elementwise")]
-
-
-def test_table_names_registered_methods():
-    assert MORE.keys() <= {m.name for m in WHOLE}
 
 
 @pytest.mark.parametrize("kind", ["matrix", "convolution"])
@@ -60,14 +32,13 @@ def test_memory(m, kind, monkeypatch):
         for name, small in SMALL.items():
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, small)
-    limit, _ = MORE.get(m.name, (LIMIT, ""))
-    if m.name in MORE:
+    if m.room > 4:  # slow ones
         shape = (320, 256) if kind == "matrix" else (96, 64, 3, 3)
     else:
         shape = (768, 512) if kind == "matrix" else (256, 192, 3, 3)
     for count in counts(m):
         taken = memory(m, inputs(m, count, shape))
-        assert taken <= limit + SLACK
+        assert taken <= m.room + SLACK
 
 
 def counts(m):

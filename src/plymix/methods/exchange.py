@@ -83,7 +83,7 @@ def copy_region(
     return _splice(b, a, start, end, 0) if inverted else _splice(a, b, start, end, 0)
 
 
-@method("tensor")
+@method("tensor", room=12)
 def top_k_tensor_sum(
     a: Array,
     b: Array,

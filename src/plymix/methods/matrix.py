@@ -128,7 +128,7 @@ def _rotated(x: Array, w: Array, q: Array) -> Array:
 # -- rotations ------------------------------------------------------------------------------------
 
 
-@method("tensor")
+@method("tensor", room=19)
 def rotate(
     a: Array,
     b: Array,
@@ -193,7 +193,7 @@ def rotate(
     return _back(_rotated(x, w, q) + mean, a)
 
 
-@method("tensor")
+@method("tensor", room=50)
 def polar(a: Array, b: Array, *, alpha: float = 0.5) -> Array:
     """Interpolate Rotation and Stretch Separately
 
@@ -219,7 +219,7 @@ def polar(a: Array, b: Array, *, alpha: float = 0.5) -> Array:
     return _back(_t(r) if wide else r, a)
 
 
-@method("tensor")
+@method("tensor", room=16)
 def pop_lora(a: Array, b: Array, *, key: str, alpha: float = 1.0, ratio: Share = 0.25) -> Array:
     """Pivoted Projection of the Difference (PoP)
 
@@ -272,7 +272,7 @@ def _leading(x: Array, rank: int, rng: Rng, iterations: int) -> tuple[Array, Arr
     return u[:, :rank], s[:rank], vh[:rank, :]
 
 
-@method("tensor", delta=True)
+@method("tensor", delta=True, room=7)
 def truncate_rank(
     delta: Array,
     *,
@@ -305,7 +305,7 @@ def truncate_rank(
     return _back((u * s) @ vh, delta)
 
 
-@method("tensor", delta=True)
+@method("tensor", delta=True, room=8)
 def truncate_kronecker(
     delta: Array,
     *,
@@ -367,7 +367,7 @@ def _onto(base: Array, d: Array, scale: float) -> Array:
     return base + scale * _back(d, base)
 
 
-@method("tensor")
+@method("tensor", room=19)
 def tsv_m(base: Array, *models: Array, scale: float = 1.0) -> Array:
     """Task Singular Vectors
 
@@ -392,7 +392,7 @@ def tsv_m(base: Array, *models: Array, scale: float = 1.0) -> Array:
     return _onto(base, (u * s) @ v, scale)
 
 
-@method("tensor")
+@method("tensor", room=11)
 def iso_c(base: Array, *models: Array, scale: float = 1.0) -> Array:
     """Isotropic Merging in the Common Subspace
 
@@ -409,7 +409,7 @@ def iso_c(base: Array, *models: Array, scale: float = 1.0) -> Array:
     return _onto(base, xp.mean(s) * (u @ vh), scale)
 
 
-@method("tensor")
+@method("tensor", room=33)
 def iso_cts(base: Array, *models: Array, common: Share = 0.8, scale: float = 1.0) -> Array:
     """Isotropic Merging in Common and Task-Specific Subspaces
 
@@ -441,7 +441,7 @@ def _columns(parts: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
     return u, s, _t(vh)
 
 
-@method("tensor")
+@method("tensor", room=18)
 def knots(
     base: Array, *models: Array, density: Share = 0.2, normalize: bool = True, scale: float = 1.0
 ) -> Array:
@@ -462,7 +462,7 @@ def knots(
     return _onto(base, (u * s) @ v, scale)
 
 
-@method("tensor")
+@method("tensor", room=32)
 def wudi(
     base: Array,
     *models: Array,

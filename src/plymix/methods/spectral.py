@@ -33,7 +33,7 @@ from plymix.methods.arrays import (
 from plymix.registry import Share, method
 
 
-@method("tensor")
+@method("tensor", room=7)
 def smooth_add(a: Array, b: Array, c: Array, *, alpha: float = 1.0) -> Array:
     """Smooth Add Difference
 
@@ -50,7 +50,7 @@ def smooth_add(a: Array, b: Array, c: Array, *, alpha: float = 1.0) -> Array:
     return blockwise(lambda a, g: a + g * alpha, a, smooth, out=smooth)
 
 
-@method("tensor")
+@method("tensor", room=6)
 def gaussian_add(a: Array, b: Array, c: Array, *, alpha: float = 1.0) -> Array:
     """Gaussian Add Difference
 
@@ -65,7 +65,7 @@ def gaussian_add(a: Array, b: Array, c: Array, *, alpha: float = 1.0) -> Array:
     return blockwise(lambda a, g: a + g * alpha, a, smooth, out=smooth)
 
 
-@method("tensor")
+@method("tensor", room=12)
 def distribution_crossover(
     a: Array,
     b: Array,
@@ -96,7 +96,7 @@ def distribution_crossover(
     return a + xp.reshape(unsort(xp.astype(moved, a.dtype), order), a.shape)
 
 
-@method("tensor")
+@method("tensor", room=11)
 def crossover(a: Array, b: Array, *, alpha: Share = 0.5, tilt: float = 0.0) -> Array:
     """Crossover
 

@@ -14,6 +14,7 @@ from plymix.archs.views import View
 from plymix.errors import Refusal, listed
 from plymix.expr import (
     Tensor,
+    calls,
     changed,
     chunkable,
     deltas,
@@ -26,6 +27,7 @@ from plymix.formats.base import Content, Entry, Layout, Source, TensorInfo, toge
 from plymix.formats.diffusers import MODEL_INDEX
 from plymix.pairing import Paired
 from plymix.recipe import Recipe
+from plymix.registry import get_method
 
 MAX_IDS = 1 << 16
 """More position ids than this are none: CLIP has 77."""
@@ -150,7 +152,10 @@ class Plan:
                 continue
             found = set(leaves(t.expr))
             largest = max((leaf.info.numel for leaf in found), default=t.numel)
-            most = max(most, largest * 4 * (2 + len(found)))
+            rooms = [get_method(call.method).room for call in calls(t.expr)]
+            beyond = max(0, len(found) - 3)  # what `room` does not know of
+            needed = max([2 + len(found), *(room + beyond for room in rooms)])
+            most = max(most, largest * 4 * needed)
         return (least << 20) + threads * most
 
     def layout(
