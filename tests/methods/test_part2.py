@@ -824,7 +824,7 @@ def test_every_method_of_the_index_is_there():
     for method in registered().values():
         again = _read(
             method.function, method.kind, method.name, method.prepare, method.min_variadic,
-            method.delta, method.adapters,
+            method.delta, method.adapters, method.room,
         )  # fmt: skip
         assert again == method
         assert "Source:" in method.doc
