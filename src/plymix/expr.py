@@ -393,10 +393,8 @@ def changed(before: Sequence[Tensor], after: Sequence[Tensor]) -> tuple[str, ...
 
 def _alike(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of one name have the same bytes, wherever they stand."""
-    return all(
-        getattr(a, part) == getattr(b, part)
-        for part in ("expr", "dtype", "shape", "encoding", "noise")
-    )
+    ours, theirs = ((t.expr, t.dtype, t.shape, t.encoding, t.noise) for t in (a, b))
+    return ours == theirs
 
 
 def _prepared(expr: Expr) -> frozenset[str]:

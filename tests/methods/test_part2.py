@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from plymix.errors import Refusal
 from plymix.methods import arrays, matrix, permutation, selection, tuning
-from plymix.methods.selection import bernoulli, kth_largest, row_ranks, top_mask
+from plymix.methods.selection import bernoulli, by_rank, kth_largest, top_mask
 from plymix.methods.task import breadcrumbs, centre, changes, dare, della, ties
 from plymix.registry import Method, _read, methods
 
@@ -123,8 +123,9 @@ def test_kth_largest_where_the_sample_misses(monkeypatch):
 def test_row_ranks():
     x = np.abs(np.round(normal(7, 50) * 3))
     expected = np.argsort(np.argsort(x, axis=1, kind="stable"), axis=1)
-    assert np.array_equal(row_ranks(x), expected)
-    assert np.array_equal(np.asarray(row_ranks(to_torch(x))), expected)
+    ranks = np.arange(x.shape[1])
+    assert np.array_equal(by_rank(ranks, x), expected)
+    assert np.array_equal(np.asarray(by_rank(to_torch(ranks), to_torch(x))), expected)
 
 
 @pytest.mark.parametrize("p", [0.0, 1e-5, 0.1, 0.3, 0.5, 0.9, 1.0])

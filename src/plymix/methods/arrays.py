@@ -234,7 +234,7 @@ def choose(mask: Array, x: Array | float, y: Array | float) -> Array:
     return out.view(dtype)
 
 
-def size_of(x: Array) -> Array:
+def magnitude(x: Array) -> Array:
     """|x| of an array that nobody else needs: in its own memory where that can be."""
     return np.abs(x, out=x) if isinstance(x, np.ndarray) else namespace(x).abs(x)
 

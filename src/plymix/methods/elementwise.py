@@ -13,10 +13,10 @@ from plymix.methods.arrays import (
     choose,
     clip,
     lerp,
+    magnitude,
     namespace,
     normal,
     signed,
-    size_of,
     turned,
 )
 from plymix.methods.linear import keeps_scale
@@ -70,7 +70,7 @@ def multiply_difference(
     sizes = []
     for x, e in ((a, 1 - alpha), (b, alpha)):
         if e:  # 0 ** 0 is 1 and would move what a model left alone
-            size = size_of(x - c)
+            size = magnitude(x - c)
             size **= e
             sizes.append(size)
     r = reduce(imul, sizes)
@@ -112,7 +112,7 @@ def train_difference(a: Array, b: Array, c: Array, *, alpha: float = 1.0) -> Arr
     is there already. s is 0 where its denominator is. alpha 0 is exactly A; the usual value is 1.
     Source: supermerger `trainDifference`; sd-mecha `train_difference_mask`.
     """
-    d, distance = b - c, size_of(b - a)
+    d, distance = b - c, magnitude(b - a)
     whole = namespace(d).abs(d)
     whole += distance
     distance /= clip(whole, LEAST, out=whole)
@@ -133,8 +133,8 @@ def add_opposite(a: Array, b: Array, c: Array, *, alpha: float = 1.0) -> Array:
     Source: sd-mecha `add_opposite`.
     """
     d = b - c
-    whole = size_of((a - c) + d)
-    m = size_of(a - b)
+    whole = magnitude((a - c) + d)
+    m = magnitude(a - b)
     whole += m
     m /= clip(whole, LEAST, out=whole)
     m *= d

@@ -300,16 +300,11 @@ def _between(
     return [found(k, *bracket, above, inside) for k, bracket, above, inside in each]
 
 
-def row_ranks(x: Array) -> Array:
-    """Rank 0..m-1 of each element in its row of a 2-D `x` >= 0; of equals the earlier is lower."""
-    xp = namespace(x)
-    return by_rank(xp.arange(x.shape[1], dtype=xp.int64, device=device(x)), x)
-
-
 def by_rank(values: Array, x: Array) -> Array:
-    """`values[r]` where r is the rank of an element in its row, see `row_ranks`: shaped as `x`.
+    """`values[r]`, r the rank 0..m-1 of an element in its row of a 2-D `x` >= 0: shaped as `x`.
 
-    The keys that are sorted take 8 bytes an element: call it for some rows at a time.
+    Of equals the earlier is lower. The keys that are sorted take 8 bytes an element: call it for
+    some rows at a time.
     """
     xp = namespace(x)
     if not is_numpy_array(x) or x.dtype != np.float32:

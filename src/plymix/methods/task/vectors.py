@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, Union
 
 from plymix.methods import Array
-from plymix.methods.arrays import add_up, blockwise, clip, gram, namespace, size_of
+from plymix.methods.arrays import add_up, blockwise, clip, gram, magnitude, namespace
 from plymix.methods.selection import Lazy
 
 Vote = Literal["", "sum", "count", "soup"]
@@ -134,7 +134,7 @@ def _divisor(there: Sequence[Array], weights: Sequence[float], floor: float, lik
 
 def distance(x0: Array, x: Array, *gain: Array) -> Array:
     """|d| of one model, after its gain if it has one: the score that trimming ranks by."""
-    d = size_of(x - x0)
+    d = magnitude(x - x0)
     return d * as_float(gain[0], d) if gain else d
 
 
