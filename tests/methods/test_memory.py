@@ -8,6 +8,7 @@ takes a tensor more for each.
 from __future__ import annotations
 
 import math
+import subprocess
 import sys
 import tracemalloc
 
@@ -87,3 +88,34 @@ class Keys(dict):
 
     def shape(self, key):
         return tuple(self[key][0].shape)
+
+
+SIZES = [1 << 20, 20 << 20, 28 << 20, 40 << 20]
+"""Bytes of arrays, below and above what C libraries map apart."""
+
+GROWING = f"""
+from pathlib import Path
+import numpy as np
+from plymix.engine.worker import _keep_memory
+from plymix.methods.arrays import Pool
+
+def resident():
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmRSS:")[1].split()[0]) << 10
+
+_keep_memory()
+pool, before = Pool(), resident()
+for size in {SIZES}:
+    arrays = [pool.empty((size,), np.uint8) for _ in range(4)]
+    for x in arrays:
+        x[:] = 1
+    del arrays, x
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_tensors_that_grow_leave_nothing_behind():
+    """After small tensors and large ones a pool takes what the large ones took."""
+    done = subprocess.run([sys.executable, "-c", GROWING], capture_output=True, check=True)
+    assert int(done.stdout) <= 4 * SIZES[-1] + (6 << 20)

@@ -962,9 +962,9 @@ def test_a_pool_lends_memory_again_only_when_no_view_is_left():
     assert again.ctypes.data == at
     assert again.shape == (3, 1 << 17)
     del again, other
-    larger = pool.empty((1 << 20,), np.float32)  # takes the place of one
-    assert larger.nbytes == 1 << 22
-    assert [len(b) for b in pool.free] == [1 << 21]
+    larger = pool.empty((2, arrays.OWN), np.uint8)  # takes the place of one
+    assert larger.nbytes == 2 * arrays.OWN
+    assert [len(b) for b in pool.free] == [arrays.OWN]
 
 
 def test_a_pool_serves_its_thread_only_meanwhile():

@@ -151,7 +151,8 @@ def norm_direction(a: Array, b: Array, *, alpha: float = 0.5) -> Array:
     size = norm(direction)
     if size < 1e-6:
         return lerp(a, b, alpha)
-    return direction * (((1 - alpha) * length_a + alpha * length_b) / size)
+    factor = ((1 - alpha) * length_a + alpha * length_b) / size
+    return blockwise(lambda x: x * factor, direction, out=direction)
 
 
 @method("tensor", min_models=2)

@@ -34,6 +34,10 @@ With smaller ones threads take turns more often than they compute."""
 LARGE = 1 << 20
 """Bytes from which an array's memory is worth keeping for the next one."""
 
+OWN = 32 << 20
+"""Bytes of a pool's block at least, of which those never touched take no memory. From here on glibc
+maps a block apart and gives it back when it is replaced; less would stay in the heap for good."""
+
 
 def namespace(*arrays: Array | None) -> Any:
     """The array API namespace of the arrays that are not None."""
@@ -98,7 +102,7 @@ class Pool:
         else:
             if self.free:
                 self.free.pop()  # the new one replaces it
-            block = np.empty(nbytes, np.uint8)
+            block = np.empty(max(nbytes, OWN), np.uint8)
         return np.asarray(_Lease(self, block, shape, np.dtype(dtype)))
 
 
