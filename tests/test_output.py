@@ -419,6 +419,24 @@ def test_a_full_disk(tmp_path, files, target, monkeypatch, call, older):
     assert os.listdir(tmp_path) == [path.name] if older and "folder" in path.name else True
 
 
+@pytest.mark.parametrize(
+    ("name", "todo"),
+    [("x.safetensors", "; split it"), ("x.ckpt", "; make it a .safetensors, split")],
+)
+def test_more_than_a_file_may_have(tmp_path, files, monkeypatch, name, todo):
+    """FAT32 refuses the byte 4 GiB with EFBIG: more room would not help."""
+
+    def too_large(*_):
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr(os, "posix_fallocate", too_large)
+    with pytest.raises(Failure, match="more than a file may have") as caught:
+        plymix.convert(files["sd1"], tmp_path / name)
+    assert f"{todo} (--shard 4GB), or choose another disk" in str(caught.value)
+    assert "no room" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_failure_between_the_shards_names(tmp_path, files, monkeypatch):
     """Then there is no set, rather than one of old and new shards."""
     out = tmp_path / "m.safetensors"
@@ -453,7 +471,7 @@ def test_a_result_in_the_place_of_a_model_is_called_so(tmp_path, files):
     os.symlink(b, tmp_path / "also b.safetensors")
     before = a.read_bytes()
     for out in (a, b, tmp_path / "also b.safetensors"):
-        with pytest.raises(Refusal, match="is one of the models to merge; choose another name"):
+        with pytest.raises(Refusal, match="is an input itself; choose another name"):
             plymix.merge(a, b, out, alpha=0.3)
     assert a.read_bytes() == b.read_bytes() == before
 

@@ -505,7 +505,7 @@ def test_parse(text, weight):
         ("0,true", "--weights: value 2 is 'true', not a number"),
         ("0,٣", "--weights: value 2 is '٣', not a number"),
         ("0,R", "--weights: value 2 is 'R', a random ratio, and recipes"),
-        ("R", "--weights: 'R' is a random ratio, and recipes"),
+        ("R", "unknown preset for --weights 'R'"),
         ("all_u", "--weights: 'all_u' is a random ratio, and recipes"),
         ("1e999", "--weights is inf, not a finite number"),
         ("  ", "--weights is empty"),

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -25,7 +26,7 @@ from plymix import plan as planning
 from plymix import recipe as recipes
 from plymix.archs.views import CLASSIC
 from plymix.errors import Refusal, listed, unknown
-from plymix.expr import Leaf
+from plymix.expr import Leaf, Tensor
 from plymix.finding import find, needed
 from plymix.formats import Source, is_folder_name, open_model, writer_for
 from plymix.formats.base import Content, Layout
@@ -166,6 +167,11 @@ def two_models(
         models["c"] = os.fspath(c)
         step["c"] = "c"
     step["alpha"] = with_base(alpha, base, own_presets(presets))
+    if unet and _by_block(step["alpha"]):
+        raise Refusal(
+            f"--alpha {alpha} is for the blocks of the denoiser, which --unet {os.fspath(unet)}"
+            " takes whole; keep one of them (--base 0.3 alone is the text encoder's share)"
+        )
     parts = {"text_encoder": text_encoder, "text_encoder_2": text_encoder_2, "unet": unet}
     named = {part: os.fspath(p) for part, p in {"vae": vae, **parts}.items()}
     letters = {part: p.lower() for part, p in named.items() if p.lower() in (*models, BLEND)}
@@ -185,6 +191,13 @@ def two_models(
         "allow_mixed_prediction": allow_mixed_prediction,
     }
     return recipes.from_dict({"models": models, "steps": {"merge": step}, "output": output})
+
+
+def _by_block(alpha: Any) -> bool:
+    """Whether a weight says something of blocks: all do but a number and {base = ...}."""
+    return not isinstance(alpha, (int, float)) and (
+        not isinstance(alpha, dict) or "curve" in alpha or bool(alpha.get("blocks"))
+    )
 
 
 def _drawn(rounding: str, seed: int) -> None:
@@ -245,6 +258,7 @@ def with_base(
     value = weights.to_json(setting)
     if base is None:
         return value
+    weights.from_toml(base, field="--base")
     if isinstance(value, dict):
         if value.get("base", base) != base:
             raise Refusal(f"BASE is said twice: {value['base']} in alpha and {base} by --base")
@@ -263,8 +277,11 @@ def explain(
     a recipe's [output] as options. `models` names folders to look for files in; `strict` refuses
     keys without a partner. Raises Refusal.
     """
-    with _plan(a, b, options) as plan:
-        return explained(plan)
+    recipe, folders, strict = _asked(a, b, options)
+    recipe, path = target(recipe, dry=True)
+    paths = find(needed(recipe), folders)
+    with planning.build(recipe, folders=folders, paths=paths, strict=strict) as plan:
+        return rehearsed(plan, path)
 
 
 def merge(
@@ -293,9 +310,11 @@ def merge(
     """
     if out is None and not _is_path(a):
         b, out = None, b
-    path = output_path(a, out)
-    ready(path, force, (cast("PathLike", x) for x in (a, b) if _is_path(x)))
-    with _plan(a, b, options, path) as plan:
+    recipe, folders, strict = _asked(a, b, options)
+    recipe, path = target(recipe, out, force, folders)
+    paths = find(needed(recipe), folders)
+    with planning.build(recipe, folders=folders, paths=paths, strict=strict) as plan:
+        assert path is not None
         return run(plan, path, threads=threads, device=device, configs=configs, progress=progress)
 
 
@@ -324,7 +343,7 @@ def convert(
     `merge` does.
     """
     path = output_path("", out)
-    ready(path, force)
+    ready(path, force, (file,))
     said: dict[str, Any] = {"layout": layout, "dtype": dtype, "rounding": rounding}
     with conversion(file, path, arch, seed=seed, shard=shard, **said) as plan:
         return run(plan, path, threads=threads, configs=configs, progress=progress)
@@ -373,12 +392,31 @@ def aimed(recipe: Recipe, path: Path) -> Recipe:
     )
 
 
-def _plan(
-    a: PathLike | Recipe | Expression,
-    b: PathLike | None,
-    options: dict[str, Any],
-    path: Path | None = None,
-) -> Plan:
+def target(
+    recipe: Recipe,
+    out: PathLike | None = None,
+    force: bool = False,
+    folders: Sequence[PathLike] = (),
+    *,
+    dry: bool = False,
+) -> tuple[Recipe, Path | None]:
+    """`recipe` as it is written to `out` (default: what its [output] says), and that path.
+
+    With `dry` nothing is to be written: then there may be no path, and the recipe's own may exist.
+    `folders` are those where models are looked for. Raises Refusal for what cannot be written.
+    """
+    if dry and not (out or recipe.output.file):
+        return recipe, None
+    path = output_path(recipe, out)
+    inputs = (planning.locate(model.file, folders) for model in recipe.models.values())
+    ready(path, force or (dry and not out), inputs)
+    return aimed(recipe, path), path
+
+
+def _asked(
+    a: PathLike | Recipe | Expression, b: PathLike | None, options: dict[str, Any]
+) -> tuple[Recipe, Sequence[str], bool]:
+    """The recipe of what `merge` and `explain` are given, folders of models, whether `strict`."""
     folders: Sequence[str] = options.pop("models", ())
     strict: bool = options.pop("strict", False)
     if not isinstance(a, Recipe) and not _is_path(a):
@@ -386,17 +424,14 @@ def _plan(
     if isinstance(a, Recipe):
         if b is not None or options:
             raise Refusal("a Recipe says it all: give no second model and no merge options with it")
-        paths = find(needed(a), folders)
-        whole = aimed(a, path) if path else a
-        return planning.build(whole, folders=folders, paths=paths, strict=strict)
+        return a, folders, strict
     if b is None:
         raise Refusal("a merge of files needs two of them; to run a recipe, pass a Recipe")
     known = two_models.__kwdefaults__ or {}
     for name in options:
         if name not in known:
             raise unknown("option", name, [*known, "models", "strict"])
-    said = two_models(cast("PathLike", a), b, **options)
-    return planning.build(aimed(said, path) if path else said, folders=folders, strict=strict)
+    return two_models(cast("PathLike", a), b, **options), folders, strict
 
 
 def _is_path(value: object) -> bool:
@@ -468,19 +503,7 @@ def run(
     if threads < 0:
         raise Refusal(f"threads = {threads} is less than 0; 0 means one per processor")
     notes: list[str] = []
-    if configs and not is_folder_name(path):
-        raise Refusal(
-            f"--configs is for diffusers folders, and {path.name} is a file; leave it out"
-        )
-    if plan.folder and is_folder_name(path) and (path.parent / MODEL_INDEX).is_file():
-        raise Refusal(
-            f"{path} would be a component of the pipeline {path.parent.name}, and the result is a"
-            " pipeline itself; name a folder outside"
-        )
-    tensors, layout = plan.layout(path, metadata.build(plan), small_files(configs, notes))
-    if layout.index:
-        names = (layout.index, *(part.name for part in layout.parts))
-        outputs.writable(path, beside=max(map(len, names)) - len(path.name))
+    tensors, layout = _laid_out(plan, path, metadata.build(plan), configs, notes)
     notes.extend(_replaced(plan, path, layout))
     late = {metadata.pending(i): _hasher(i.source.files, plan.recipe, i) for i in plan.inputs}
     sources = plan.sources
@@ -513,6 +536,65 @@ def run(
         unmatched=sum(map(len, plan.unmatched.values())),
         notes=(*plan.notes, *notes, *_spoilt(written.nonfinite)),
     )
+
+
+def _laid_out(
+    plan: Plan, path: Path, said: Mapping[str, str], configs: PathLike, notes: list[str]
+) -> tuple[tuple[Tensor, ...], Layout]:
+    """The tensors and the layout of what is written to `path`, with the metadata that is `said`.
+
+    `notes` gets what a user should know. Raises Refusal for what cannot be written there.
+    """
+    if configs and not is_folder_name(path):
+        raise Refusal(
+            f"--configs is for diffusers folders, and {path.name} is a file; leave it out"
+        )
+    if plan.folder and is_folder_name(path) and (path.parent / MODEL_INDEX).is_file():
+        raise Refusal(
+            f"{path} would be a component of the pipeline {path.parent.name}, and the result is a"
+            " pipeline itself; name a folder outside"
+        )
+    tensors, layout = plan.layout(path, said, small_files(configs, notes))
+    if layout.index:
+        names = (layout.index, *(part.name for part in layout.parts))
+        outputs.writable(path, beside=max(map(len, names)) - len(path.name))
+    notes.extend(_damaged_ids(plan))
+    return tensors, layout
+
+
+def _damaged_ids(plan: Plan) -> Iterator[str]:
+    """Tells of position ids that are copied into the result and are not 0, 1, 2 ... as int64."""
+    for t in plan.tensors:
+        if not t.name.endswith("position_ids") or not isinstance(t.expr, Leaf):
+            continue
+        source, info = plan.sources[t.expr.source], t.expr.info
+        sound = info.dtype == "I64" and info.numel <= planning.MAX_IDS
+        if sound and source.read(info) == struct.pack(f"<{info.numel}q", *range(info.numel)):
+            continue
+        from plymix.health import position_ids  # it needs numpy, which a plan does without
+
+        for found in position_ids(source):
+            if info.name in found.keys:
+                yield f"{plan.inputs[t.expr.source].label}: {found.text}"
+
+
+def rehearsed(
+    plan: Plan, path: Path | None = None, *, device: str = "cpu", configs: PathLike = ""
+) -> Explanation:
+    """The account of a plan, refused where `run` would refuse it before the first tensor is read.
+
+    `path` is where it would go, checked by `target`. Raises Refusal.
+    """
+    on_device(device)
+    notes: list[str] = []
+    if path is not None:
+        _laid_out(plan, path, {}, configs, notes)
+    elif configs:
+        raise Refusal("--configs is for diffusers folders; name one (-o FOLDER), or leave it out")
+    else:
+        notes.extend(_damaged_ids(plan))
+    found = explained(plan)
+    return replace(found, notes=(*found.notes, *notes))
 
 
 def _replaced(plan: Plan, path: Path, layout: Layout) -> Iterator[str]:

@@ -53,7 +53,17 @@ def unknown(what: str, name: str, known: Iterable[str], *, help: str = "") -> Re
         hint = "known: " + ", ".join(names)
     else:
         hint = f"{len(names)} are known"
-    return Refusal(f"unknown {what} {name!r}: {hint}{'; ' + help if help else ''}")
+    return Refusal(also(f"unknown {what} {name!r}: {hint}", help))
+
+
+def also(text: str, more: str) -> str:
+    """`text` and what else there is to say: 'known: a, b; see ...', 'did you mean a? See ...'."""
+    if not more:
+        return text
+    if not text.endswith("?"):
+        return f"{text}; {more}"
+    command = more.startswith("plymix ")  # which is spelt as it is typed
+    return f"{text} {more if command else more[:1].upper() + more[1:]}"
 
 
 def nearest(name: str, known: Iterable[str]) -> list[str]:

@@ -58,7 +58,7 @@ def free(path: Path, force: bool, inputs: Iterable[str | os.PathLike[str]] = ())
         return
     if any(os.path.exists(x) and os.path.samefile(x, path) for x in inputs):
         raise Refusal(
-            f"{path} is one of the models to merge; choose another name, or say --force to have the"
+            f"{path} is an input itself; choose another name, or say --force to have the"
             " result in its place"
         )
     raise Refusal(f"{path} exists; say --force to replace it, or choose another name")

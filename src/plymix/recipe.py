@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from graphlib import CycleError, TopologicalSorter
 from itertools import chain, count
@@ -185,6 +186,18 @@ class Recipe(msgspec.Struct, frozen=True):
                 name = path.pop()
                 done[name] = name in self.steps
         return tuple(name for name, is_step in done.items() if is_step)
+
+
+@contextmanager
+def asking(recipe: Recipe, name: str) -> Iterator[None]:
+    """Refusals of a model that only a field of the output names say which: 'output.vae: ...'."""
+    try:
+        yield
+    except Refusal as e:
+        field = next((part for part in PARTS if getattr(recipe.output, part) == name), None)
+        if field is None or any(name in step.inputs for step in recipe.steps.values()):
+            raise
+        raise type(e)(f"output.{field}: {e}") from e
 
 
 def load(path: Path) -> Recipe:

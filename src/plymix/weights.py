@@ -242,13 +242,14 @@ def _preset(name: str, field: str, own: Own) -> str | tuple[float, ...]:
     names = _preset_names()
     if upper in names:
         return names[upper]
-    if _RANDOM.fullmatch(upper):
+    if "_" in upper and _RANDOM.fullmatch(upper):
         raise Refusal(f"{field}: {name!r} is {_NO_RANDOM}; give numbers")
     if _NUMBER.fullmatch(name.strip()):
         raise Refusal(f"{field} is the text {name!r}; a number takes no quotes")
     if _NUMBER.match(name.strip()) and not nearest(name, [*names, *own]):
         raise Refusal(f"{field} is {name!r}, which is neither a number nor a preset")
-    raise unknown(f"preset for {field}", name, [*names, *own], help="`plymix presets` lists them")
+    help = "a weight is a number, a list of numbers or a preset; `plymix presets` lists these"
+    raise unknown(f"preset for {field}", name, [*names, *own], help=help)
 
 
 def _only(value: Mapping[str, object], fields: Iterable[str], field: str) -> None:

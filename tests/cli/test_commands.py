@@ -340,6 +340,60 @@ def test_folders_of_models_that_are_not_there_are_refused(here: Path) -> None:
         assert (ran.code, "--models nowhere is not a folder" in ran.err) == (2, True)
 
 
+IDS = "cond_stage_model.transformer.text_model.embeddings.position_ids"
+
+
+@pytest.mark.parametrize("dtype", ["I64", "F32"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("merge", "bad.safetensors", "b.safetensors", "-o", "o.ckpt"),
+        ("mbw", "bad.safetensors", "b.safetensors", "-o", "o.ckpt"),
+        ("explain", "bad.safetensors", "b.safetensors"),
+        ("explain", "bad.safetensors", "b.safetensors", "-o", "o.ckpt"),
+        ("merge", "a.safetensors", "c.safetensors", "-oo.ckpt", "--text-encoder=bad.safetensors"),
+        ("run", "r.toml"),
+        ("convert", "bad.safetensors", "o.ckpt"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_damaged_position_ids_are_reported(here: Path, words: tuple[str, ...], dtype: str) -> None:
+    """They are copied as they are; `repair` is only on request, and then nothing is said."""
+    header = tiny.header("sd1", dtype="F32")
+    state = {key: value.copy() for key, value in tiny.state(header).items()}
+    state[IDS] = state[IDS].astype(tiny.NUMPY[dtype])
+    state[IDS][0, 41] = 40
+    header[IDS] = (dtype, (1, 77))
+    tiny.write_safetensors(here / "bad.safetensors", header, state)
+    (here / "r.toml").write_text(RECIPE.replace('"a.safetensors"', '"bad.safetensors"'))
+    ran = plymix(*words, "--json")
+    assert ran.code == 0
+    said = f"bad.safetensors: {IDS} ({dtype}) is not 0..76: wrong at 41; the text encoder"
+    assert [n for n in ran.notes if n.startswith(f"note: {said}")] == ran.notes[-1:] != []
+    assert [n for n in ran.json["notes"] if n.startswith(said)] == ran.json["notes"][-1:]
+    if words[0] == "run":
+        again = plymix(*words, "--set", 'output.repair=["position_ids"]', "--force")
+        assert "position_ids" not in again.err
+        assert "position_ids" not in plymix("explain", "a.safetensors", "b.safetensors").err
+
+
+def test_a_share_beyond_both_models_is_told_in_the_commands_own_numbers(here: Path) -> None:
+    assert plymix(*MERGE, "--alpha", "1.5").notes == [
+        "note: --alpha goes to 1.5: beyond both models"
+    ]
+    told = plymix(*MBW, "--base_alpha", "1.5", "--force").notes
+    assert told == ["note: --base_alpha goes to 1.5: beyond both models"]
+
+
+def test_a_recipe_for_a_folder_is_explained_as_one(here: Path) -> None:
+    """What a run would write: diffusers' names, and what such a folder cannot hold."""
+    (here / "r.toml").write_text(RECIPE.replace("final.safetensors", "final"))
+    told = plymix("explain", "r.toml", "--json").json
+    made = plymix("run", "r.toml", "--force", "--json").json
+    assert (told["merged"], told["copied"]) == (made["merged"], made["copied"])
+    assert any("alphas_cumprod" in note for note in told["notes"])
+
+
 def test_dry_run_writes_nothing_and_equals_explain(here: Path) -> None:
     words = ("a.safetensors", "b.safetensors", "--alpha", "GRAD_V")
     dry = plymix("merge", *words, "-o", "out.safetensors", "--dry-run")
@@ -647,7 +701,12 @@ REFUSED: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     ((*MBW, "--weights", "1" + ",1" * 25, "--base_alpha", "0.5"), ("BASE is set to",)),
     ((*MBW, "--output", "out.bin"), (".bin", ".safetensors or .ckpt")),
     ((*MBW, "--output", "none/out.ckpt"), ("none does not exist",)),
-    ((*MBW, "--output", "a.safetensors"), ("is one of the models", "--force")),
+    ((*MBW, "--output", "a.safetensors"), ("is an input itself", "--force")),
+    (("run", "r.toml", "-o", "b.safetensors"), ("b.safetensors is an input itself",)),
+    (("run", "r.toml", "-o", "b.safetensors", "--dry-run"), ("b.safetensors is an input itself",)),
+    (("explain", *MERGE[1:4], "c.safetensors", "--vae", "c.safetensors"), ("input itself",)),
+    ((*MERGE[:4], "c.safetensors", "--vae", "c.safetensors"), ("c.safetensors is an input",)),
+    (("convert", "a.safetensors", "a.safetensors"), ("a.safetensors is an input itself",)),
     (("mbw", "a.safetensors"), ("MODEL_2", "--help")),
     (("mbw", "a.safetensors", "gone.safetensors"), ("gone.safetensors does not exist",)),
     (("mbw", "a.safetensors", "empty.ckpt"), ("empty.ckpt is empty",)),
@@ -658,7 +717,46 @@ REFUSED: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("mbw", "xl-a.safetensors", "b.safetensors", "--weights", "GRAD_V"), ("SDXL", "SD1")),
     (("merge", "a.safetensors", "b.safetensors"), ("-o out.safetensors",)),
     ((*MERGE, "--alpha", "grad"), ("unknown preset", "'grad'", "GRAD_V")),
-    ((*MERGE, "--alpha", "1,2,3"), ("3 numbers", "25", "26 with BASE first")),
+    ((*MERGE, "--alpha", "1,2,3"), ("plymix: --alpha: 3 numbers", "25", "26 with BASE first")),
+    ((*MERGE, "--alpha", "x"), ("preset for --alpha 'x'", "a number, a list of numbers or a pre")),
+    ((*MERGE, "--alpha", "GRADV"), ("did you mean GRAD_V? A weight is a number",)),
+    ((*MERGE, "--alpha", "0.5x"), ("plymix: --alpha is '0.5x'",)),
+    (
+        (*MERGE, "--alpha", "{IN99=1}"),
+        ("block of SD1 in --alpha 'IN99': did you mean IN09? There",),
+    ),
+    ((*MERGE, "--alpha", "GRAD_V", "--base", "nan"), ("--base is nan",)),
+    ((*MERGE, "--alpha", "GRAD_V", "--unet", "a"), ("--alpha GRAD_V", "--unet a", "keep one")),
+    ((*MERGE, "--alpha", "1" + ",1" * 24, "--unet", "b"), ("--alpha 1,1,", "--unet b")),
+    (
+        (
+            "merge",
+            "xl-a.safetensors",
+            "xl-b.safetensors",
+            "-o",
+            "x.ckpt",
+            "--alpha",
+            "0.1" + ",1" * 24,
+        ),
+        ("SDXL wants 19", """say --alpha '{blocks = [...], convert = "sd1"}'"""),
+    ),
+    (
+        ("mbw", "xl-a.safetensors", "xl-b.safetensors", "--weights", "0.1" + ",1" * 24),
+        ("SDXL wants 19", """say --weights '{blocks = [...], convert = "sd1"}'"""),
+    ),
+    ((*MERGE, "--configs", "x"), ("--configs is for diffusers folders",)),
+    ((*MERGE, "--configs", "x", "--dry-run"), ("--configs is for diffusers folders",)),
+    (("explain", *MERGE[1:3], "--configs", "x"), ("--configs", "name one (-o FOLDER)")),
+    (("explain", *MERGE[1:3], "-o", "f", "--configs", "x"), ("--configs x is not a folder",)),
+    ((*MERGE, "--dtype", "q8_0", "--dry-run"), ("name a .gguf",)),
+    (("explain", "r.toml", "--set", "output.file=x.txt"), ("'.txt'", ".safetensors or .ckpt")),
+    (("run", "r.toml", "--dry-run", "--set", "output.file=x.txt"), ("'.txt'",)),
+    ((*MERGE, "--vae", "q"), ("plymix: --vae: q does not exist",)),
+    ((*MERGE, "--text-encoder-2", "q"), ("SD1 has no second text", "use --text-encoder")),
+    ((*MERGE, "--text-encoder", "q"), ("plymix: --text-encoder: q does not exist",)),
+    ((*MBW, "--vae", "q"), ("plymix: --vae: q does not exist",)),
+    (("run", "r.toml", "--set", "output.vae=q"), ("plymix: output.vae: q does not exist",)),
+    (("convert", "a.safetensors", "x.ckpt", "--dtype", "fp8"), ("unknown --dtype 'fp8'",)),
     ((*MERGE, "--alpha", "nan"), ("nan", "finite")),
     ((*MERGE, "--base", "0.2", "--alpha", "0.1" + ",1" * 25), ("BASE",)),
     ((*MERGE, "--method", "weigted_sum"), ("weighted_sum",)),
@@ -666,7 +764,7 @@ REFUSED: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     ((*MERGE, "--method", "nearswap"), ("has no alpha", "recipe", "plymix methods nearswap")),
     ((*MERGE, "--method", "triple_sum"), ("takes a, b, c", "--c")),
     ((*MERGE, "--c", "c.safetensors"), ("weighted_sum takes two", "--c", "add_difference")),
-    ((*MERGE, "--dtype", "fp8"), ("'fp8'", "fp8_e4m3fn")),
+    ((*MERGE, "--dtype", "fp8"), ("unknown --dtype 'fp8'", "fp8_e4m3fn")),
     ((*MERGE, "--threads", "-1"), ("--threads -1",)),
     ((*MERGE, "--vae", "gone.safetensors"), ("gone.safetensors does not exist",)),
     ((*MERGE, "--treads", "3"), ("did you mean --threads?",)),

@@ -23,7 +23,7 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 from plymix.cli import screen
-from plymix.errors import PlymixError, Refusal, listed, nearest, unknown
+from plymix.errors import PlymixError, Refusal, also, listed, nearest, unknown
 
 if TYPE_CHECKING:
     from cyclopts import App, CycloptsError
@@ -128,7 +128,7 @@ def _dispatch(words: Sequence[str], prog: str) -> int:
     try:
         found = parser(rest)
     except cyclopts.CycloptsError as e:
-        raise Refusal(f"{_misread(e, parser, rest)}; see {parser.name[0]} --help") from None
+        raise Refusal(also(_misread(e, parser, rest), f"see {parser.name[0]} --help")) from None
     return found if isinstance(found, int) else 0
 
 

@@ -19,7 +19,8 @@ from plymix.cli.options import (
     argument,
     checked_threads,
 )
-from plymix.cli.showing import carry_out, show_plan, show_result
+from plymix.cli.showing import finish
+from plymix.cli.typed import typed
 
 EXAMPLES = {
     "convert": "Examples:\n  PROG model.ckpt model.safetensors --dtype fp16,vae=fp32"
@@ -52,11 +53,8 @@ def convert(
     from plymix import api
 
     path = api.output_path("", result)
-    api.ready(path, force)
+    api.ready(path, force, (model,))
     checked_threads(threads)
     said: dict[str, Any] = {"layout": layout or "", "dtype": dtype, "rounding": rounding}
-    with api.conversion(model, path, arch, seed=seed, shard=shard or 0, **said) as plan:
-        if dry_run:
-            show_plan(plan, json)
-        else:
-            show_result(plan, carry_out(plan, path, threads, configs=configs), json)
+    with typed(), api.conversion(model, path, arch, seed=seed, shard=shard or 0, **said) as plan:
+        finish(plan, path, json, dry_run, threads, configs=configs)

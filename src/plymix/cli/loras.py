@@ -21,7 +21,8 @@ from plymix.cli.options import (
     option,
 )
 from plymix.cli.recipes import planned
-from plymix.cli.showing import carry_out, show_plan, show_result
+from plymix.cli.showing import finish
+from plymix.cli.typed import typed
 
 if TYPE_CHECKING:
     from plymix.adapters.report import Found
@@ -75,9 +76,6 @@ def bake(
     from plymix import api
     from plymix.adapters import asking
 
-    path = api.output_path(base, output) if output or not dry_run else None
-    if path:
-        api.ready(path, force)
     checked_threads(threads)
     parent = Path(base).expanduser().parent
     found = asking.asked(loras, lora_dir or (parent, "."))
@@ -88,14 +86,11 @@ def bake(
         )
         for lora in found
     ]
-    recipe = asking.recipe(base, each, dora=dora, dtype=dtype)
-    if path:
-        recipe = api.aimed(recipe, path)
-    with planned(recipe, strict=strict) as plan:
-        if dry_run or not path:
-            show_plan(plan, json)
-        else:
-            show_result(plan, carry_out(plan, path, threads, device), json)
+    with typed():
+        recipe = asking.recipe(base, each, dora=dora, dtype=dtype)
+        recipe, path = api.target(recipe, output, force, dry=dry_run)
+        with planned(recipe, strict=strict) as plan:
+            finish(plan, path, json, dry_run, threads, device)
 
 
 def inspect(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,7 +31,8 @@ from plymix.cli.options import (
     weight,
 )
 from plymix.cli.recipes import load, note_presets, planned
-from plymix.cli.showing import carry_out, made, mixed, show_blocks, show_plan, show_result
+from plymix.cli.showing import carry_out, finish, made, mixed, show_blocks
+from plymix.cli.typed import typed, words
 from plymix.errors import Refusal
 
 if TYPE_CHECKING:
@@ -103,31 +105,33 @@ def mbw(
     is the share of the second model. The blocks are IN00-IN11 (time_embed counts as IN00), M00 and
     OUT00-OUT11 (out. counts as OUT11). Without --weights everything is merged at --base_alpha.
     """
-    from plymix import api, outputs
+    from plymix import api
 
-    path = outputs.path_of(output or default_name(model_1, model_2))
-    api.ready(path, force, (model_1, model_2))
     note_presets(presets)
-    recipe, shares, notes = classic(
-        model_1,
-        model_2,
-        base_alpha,
-        weights,
-        presets,
-        arch,
-        block_view or "classic",
-        vae=vae,
-        text_encoder=text_encoder,
-    )
-    with planned(api.aimed(recipe, path)) as plan:
-        for text in notes:
-            screen.note(text)
-        formula = classic_formula(urls.name(model_1), urls.name(model_2), shares, weights)
-        for what, file in (("VAE", vae), ("text encoder", text_encoder)):
-            formula += f"; {what} of {urls.name(file)}" if file else ""
-        if verbose and not json:
-            show_blocks(api.explained(plan).blocks, (urls.name(model_1), urls.name(model_2)))
-        result = carry_out(plan, path, 0, device)
+    said = "--base_alpha" if weights is None else "--weights"
+    with typed(said):
+        recipe, shares, notes = classic(
+            model_1,
+            model_2,
+            base_alpha,
+            weights,
+            presets,
+            arch,
+            block_view or "classic",
+            vae=vae,
+            text_encoder=text_encoder,
+        )
+        recipe, path = api.target(recipe, output or default_name(model_1, model_2), force)
+        assert path is not None
+        with planned(recipe, words=partial(_of_model_1, said)) as plan:
+            for text in notes:
+                screen.note(text)
+            formula = classic_formula(urls.name(model_1), urls.name(model_2), shares, weights)
+            for what, file in (("VAE", vae), ("text encoder", text_encoder)):
+                formula += f"; {what} of {urls.name(file)}" if file else ""
+            if verbose and not json:
+                show_blocks(api.explained(plan).blocks, (urls.name(model_1), urls.name(model_2)))
+            result = carry_out(plan, path, 0, device)
     if json:
         screen.put_json({**result.to_dict(), "formula": formula, "share_of_model_1": shares})
     else:
@@ -226,6 +230,15 @@ def _resolved(
     )
 
 
+def _of_model_1(option: str, note: str) -> str:
+    """A plan's note, which speaks of the share of model 2, in the words of `mbw`."""
+
+    def turned(found: re.Match[str]) -> str:
+        return f"alpha goes to {rest(float(found[1])):g}:"
+
+    return words(re.sub(r"alpha goes to (\S+):", turned, note), option)
+
+
 def rest(share: float) -> float:
     """1 - share in the decimals it was written with: 0.9166666667 -> 0.0833333333."""
     return float(1 - Decimal(repr(share)))
@@ -287,20 +300,13 @@ def merge(
     """
     from plymix import api
 
-    if output or not dry_run:
-        path = api.output_path(a, output)
-        api.ready(path, force, (a, b))
     checked_threads(threads)
     note_presets(options.presets)
-    recipe = api.two_models(a, b, **options.recipe_options())
-    if output:
-        recipe = api.aimed(recipe, path)
-    with planned(recipe, strict=options.strict) as plan:
-        if dry_run:
-            api.on_device(device)
-            show_plan(plan, json)
-        else:
-            show_result(plan, carry_out(plan, path, threads, device, configs), json)
+    with typed():
+        recipe = api.two_models(a, b, **options.recipe_options())
+        recipe, path = api.target(recipe, output, force, dry=dry_run)
+        with planned(recipe, strict=options.strict, words=words) as plan:
+            finish(plan, path, json, dry_run, threads, device, configs)
 
 
 def explain(
@@ -315,6 +321,7 @@ def explain(
     device: OnDevice = "cpu",
     set: Settings = (),
     models: Folders = (),
+    configs: Configs = "",
     json: Json = False,
 ) -> None:
     """Show what a merge or a recipe would do; nothing is written.
@@ -324,6 +331,11 @@ def explain(
     of plymix run.
     """
     from plymix import api
+
+    def _explain(recipe: Recipe, beside: Sequence[str] = (), **how: Any) -> None:
+        recipe, path = api.target(recipe, output, force, (*models, *beside), dry=True)
+        with planned(recipe, models, beside, strict=options.strict, **how) as plan:
+            finish(plan, path, json, True, device=device, configs=configs)
 
     checked_threads(threads)
     if b is None:
@@ -339,15 +351,10 @@ def explain(
             arch=options.arch,
             block_view=options.block_view or "",
         )
-    else:
-        if set:
-            raise Refusal("--set is for recipes; for two models say --alpha and the like")
-        note_presets(options.presets)
-        recipe, beside = api.two_models(a, b, **options.recipe_options()), []
-    if output:
-        path = api.output_path("", output)
-        api.ready(path, force)
-        recipe = api.aimed(recipe, path)
-    with planned(recipe, models, beside, strict=options.strict) as plan:
-        api.on_device(device)
-        show_plan(plan, json)
+        _explain(recipe, beside)
+        return
+    if set:
+        raise Refusal("--set is for recipes; for two models say --alpha and the like")
+    note_presets(options.presets)
+    with typed():
+        _explain(api.two_models(a, b, **options.recipe_options()), words=words)

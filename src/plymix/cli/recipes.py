@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -25,7 +25,7 @@ from plymix.cli.options import (
     argument,
     option,
 )
-from plymix.cli.showing import carry_out, made, show_plan, show_result
+from plymix.cli.showing import finish, made
 from plymix.errors import Refusal, listed
 
 if TYPE_CHECKING:
@@ -88,13 +88,18 @@ def planned(
     beside: Sequence[str] = (),
     *,
     strict: bool = False,
+    words: Callable[[str], str] = str,
 ) -> Plan:
+    """The plan of a recipe. `words` says its notes as the command's user would."""
+    from dataclasses import replace
+
     from plymix import finding, plan
 
     _checked(folders)
     with screen.ProgressLine() as progress:
         paths = finding.find(finding.needed(recipe), folders, beside, progress)
-    return plan.build(recipe, folders=(*folders, *beside), paths=paths, strict=strict)
+    found = plan.build(recipe, folders=(*folders, *beside), paths=paths, strict=strict)
+    return replace(found, notes=tuple(map(words, found.notes)))
 
 
 def _checked(folders: Sequence[str]) -> Sequence[str]:
@@ -130,16 +135,9 @@ def run(
     from plymix import api
 
     found, beside = load(recipe, set, presets, arch=arch, block_view=block_view or "")
-    if output or not dry_run:
-        path = api.output_path(found, output)
-        api.ready(path, force)
-        found = api.aimed(found, path)
+    found, path = api.target(found, output, force, (*models, *beside), dry=dry_run)
     with planned(found, models, beside, strict=strict) as plan:
-        if dry_run:
-            api.on_device(device)
-            show_plan(plan, json)
-        else:
-            show_result(plan, carry_out(plan, path, threads, device, configs), json)
+        finish(plan, path, json, dry_run, threads, device, configs)
 
 
 def replay(

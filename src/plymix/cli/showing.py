@@ -78,7 +78,22 @@ def remarks(plan: Plan) -> Iterator[str]:
             yield f"{i.label}: {amount(len(alone))} without a partner, left out: {listed(alone)}"
 
 
-def show_result(plan: Plan, result: Result, json: bool) -> None:
+def finish(
+    plan: Plan,
+    path: Path | None,
+    json: bool,
+    dry_run: bool = False,
+    threads: int = 0,
+    device: Device = "cpu",
+    configs: str = "",
+) -> None:
+    """Carry a plan out into `path` and show the result, or show the plan."""
+    from plymix import api
+
+    if dry_run or path is None:
+        _show_plan(api.rehearsed(plan, path, device=device, configs=configs), plan, json)
+        return
+    result = carry_out(plan, path, threads, device, configs)
     if json:
         screen.put_json(result.to_dict())
     else:
@@ -96,10 +111,7 @@ def made(result: Result, formula: str) -> str:
     )
 
 
-def show_plan(plan: Plan, json: bool) -> None:
-    from plymix import api
-
-    explanation = api.explained(plan)
+def _show_plan(explanation: Explanation, plan: Plan, json: bool) -> None:
     for text in (*remarks(plan), *explanation.notes[len(plan.notes) :]):
         screen.note(text)
     if json:

@@ -24,6 +24,9 @@ PAGE = 4096
 DIRECT_LEAST = 1 << 16
 """Bytes that are worth a direct write."""
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a disk, an account or a file that takes no more."""
+
 FLUSHED = 32 << 20
 """Bytes in the system's cache that are worth having the disk take."""
 
@@ -246,13 +249,21 @@ class AtomicFile:
             else:
                 os.truncate(self.fd, self.size)
         except OSError as e:
-            if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if e.errno in FULL:
                 raise self.full(e) from None
             os.truncate(self.fd, self.size)  # a file system that cannot promise
 
     def full(self, e: OSError) -> Failure:
         import shutil
 
+        if e.errno == errno.EFBIG:
+            whole = self.path.suffix.lower() == ".safetensors"
+            shards = "split it" if whole else "make it a .safetensors, split"
+            return Failure(
+                f"{self.path.name} has {self.size:,} bytes, more than a file may have in"
+                f" {self.path.parent} ({e.strerror}; FAT32 takes 4 GiB, `ulimit -f` may set less);"
+                f" {shards} (--shard 4GB), or choose another disk; nothing was written"
+            )
         free = shutil.disk_usage(self.path.parent).free
         return Failure(
             f"no room for {self.path.name}: it needs {self.size:,} bytes and"
@@ -296,7 +307,7 @@ class AtomicFile:
         if self.fd >= 0:
             self._discard()
         if isinstance(error, OSError) and not isinstance(error, PlymixError):
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno in FULL:
                 raise self.full(error) from None
             raise Failure(f"writing {self.path.name} failed: {error.strerror}") from None
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import os
 import shutil
 from bisect import bisect_right
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from plymix import temporary
-from plymix.engine.files import AtomicFile, FileTarget
+from plymix.engine.files import FULL, AtomicFile, FileTarget
 from plymix.errors import Failure, PlymixError
 from plymix.formats import sharded
 from plymix.formats.base import Content, Layout, Part
@@ -235,6 +234,6 @@ def _tell(error: BaseException, path: Path, size: int) -> None:
     """Raise what an error of the disk means for people."""
     if not isinstance(error, OSError) or isinstance(error, PlymixError):
         return
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in FULL:
         raise AtomicFile(path, size).full(error) from None
     raise Failure(f"writing {path.name} failed: {error.strerror}") from None

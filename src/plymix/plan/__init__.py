@@ -20,7 +20,7 @@ from plymix.formats.base import Source
 from plymix.plan.accounting import Planner
 from plymix.plan.opening import fitted
 from plymix.plan.values import ANY, MAX_IDS, Fate, Input, Plan, counts
-from plymix.recipe import Recipe
+from plymix.recipe import Recipe, asking
 
 __all__ = [
     "ANY",
@@ -58,7 +58,8 @@ def build(
     def open_counted(name: str) -> Source:
         known = (paths or {}).get(name)
         model = recipe.models[name]
-        source = open_file(known or locate(model.file, folders))
+        with asking(recipe, name):
+            source = open_file(known or locate(model.file, folders))
         opened.append(source)
         if model.size and source.nbytes != model.size:
             raise Refusal(
