@@ -2,6 +2,8 @@
 
 import os
 import threading
+from itertools import count
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 import plymix
 from plymix import engine, kernels, plan
+from plymix.cli import screen
 from plymix.engine import work, worker
 from plymix.engine.files import AtomicFile, Buffers, steps
 from plymix.errors import Cancelled, Failure, Refusal
@@ -343,3 +346,21 @@ def test_fewer_threads_than_none_are_refused(tmp_path):
     found = recipe({"a": file, "b": file})
     with pytest.raises(Refusal, match="threads = -2"):
         plymix.merge(found, out=tmp_path / "o.safetensors", threads=-2)
+
+
+def test_a_first_pass_tells_how_far_it_is(tmp_path, monkeypatch):
+    """cosine_a looks at every tensor before it merges one: in a large model for seconds."""
+    tensors = {f"t{i}": draw("F16", (64,), i) for i in range(50)}
+    files = {n: save(tmp_path / f"{n}.safetensors", tensors) for n in "ab"}
+    found = recipe(files, method="cosine_a")
+    clock = count()
+    monkeypatch.setattr(worker, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    seen = []
+    result_bytes(found, progress=seen.append)
+    passes = [(now.done, now.total) for now in seen if now.phase.startswith("first pass")]
+    assert passes == [(i, 50) for i in range(50)]
+    assert screen.describe(seen[7]) == "first pass over the tensors: 7 of 50"
+    seen.clear()
+    with pytest.raises(Cancelled):
+        result_bytes(found, progress=lambda now: seen.append(now) or len(seen) < 5)
+    assert len(seen) == 5

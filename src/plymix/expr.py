@@ -1,5 +1,7 @@
 """What one tensor of the result is made of: small frozen values that compare by content.
 
+Together they are a graph: what several steps use is one object, which is computed once.
+
     Leaf   a tensor of an input file
     Sum    sum of coefficient x expression; every nest of linear methods folds into one
     Call   a method that is not linear, applied to expressions
@@ -15,8 +17,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Union
 
@@ -49,7 +52,7 @@ class Sum:
     terms: tuple[tuple[float, Expr], ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Call:
     """`method(*args, **params)` at the tensor with the canonical name `key`.
 
@@ -65,6 +68,19 @@ class Call:
     key: str
     seed: int
     models: tuple[int, ...]
+    _hash: int = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        said = (self.step, self.method, self.args, self.params, self.key, self.seed, self.models)
+        object.__setattr__(self, "_hash", hash(said))  # once: calls nest, and share their inputs
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if self is other or not isinstance(other, Call):
+            return self is other
+        return self._hash == other._hash and same(self, other)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,71 +156,87 @@ class Delta:
 Expr = Union[Leaf, Sum, Call, Patch, Narrow, Spelt, Const, Delta]
 
 
-def leaves(expr: Expr) -> Iterator[Leaf]:
-    """Every Leaf in `expr`, with repetitions."""
+def children(expr: Expr) -> tuple[Expr, ...]:
+    """The expressions that the value of `expr` is computed from. Factors of a Delta are its own."""
     match expr:
-        case Leaf():
-            yield expr
         case Sum():
-            for _, term in expr.terms:
-                yield from leaves(term)
+            return tuple(term for _, term in expr.terms)
         case Call():
-            for arg in expr.args:
-                yield from leaves(arg)
+            return expr.args
         case Patch():
-            yield from leaves(expr.wide)
-            yield from leaves(expr.inner)
+            return expr.wide, expr.inner
         case Narrow():
-            yield from leaves(expr.wide)
+            return (expr.wide,)
         case Spelt():
-            yield from leaves(expr.whole)
-        case Delta():
-            yield from (leaf for _, leaf in expr.factors)
-            if expr.of is not None:
-                yield from leaves(expr.of)
+            return (expr.whole,)
+        case Delta(of=of) if of is not None:
+            return (of,)
+    return ()
+
+
+def nodes(expr: Expr) -> Iterator[Expr]:
+    """`expr` and all that it is made of, each object once and after its children.
+
+    Steps that are used twice, level upon level, have as many paths to them as two to the power of
+    the levels; and nests are deeper than Python's stack.
+    """
+    seen: set[int] = set()
+    stack = [expr]
+    while stack:
+        node, todo = stack[-1], []
+        if id(node) not in seen:
+            for child in children(node):
+                if id(child) in seen:
+                    continue
+                if isinstance(child, Leaf):  # most are: the short way
+                    seen.add(id(child))
+                    yield child
+                else:
+                    todo.append(child)
+        if todo:
+            stack += reversed(todo)
+            continue
+        stack.pop()
+        if id(node) not in seen:
+            seen.add(id(node))
+            yield node
+
+
+def leaves(expr: Expr) -> Iterator[Leaf]:
+    """Every Leaf in `expr`, factors of Deltas among them."""
+    for node in nodes(expr):
+        if isinstance(node, Leaf):
+            yield node
+        elif isinstance(node, Delta):
+            yield from (leaf for _, leaf in node.factors)
 
 
 def calls(expr: Expr) -> Iterator[Call]:
     """Every Call in `expr`, inner ones first."""
-    match expr:
-        case Sum():
-            for _, term in expr.terms:
-                yield from calls(term)
-        case Call():
-            for arg in expr.args:
-                yield from calls(arg)
-            yield expr
-        case Patch():
-            yield from calls(expr.wide)
-            yield from calls(expr.inner)
-        case Narrow():
-            yield from calls(expr.wide)
-        case Spelt():
-            yield from calls(expr.whole)
-        case Delta(of=of) if of is not None:
-            yield from calls(of)
+    return (node for node in nodes(expr) if isinstance(node, Call))
 
 
 def deltas(expr: Expr) -> Iterator[Delta]:
     """Every Delta in `expr`."""
-    match expr:
-        case Delta():
-            yield expr
-            if expr.of is not None:
-                yield from deltas(expr.of)
-        case Sum():
-            for _, term in expr.terms:
-                yield from deltas(term)
-        case Call():
-            for arg in expr.args:
-                yield from deltas(arg)
-        case Patch():
-            yield from deltas(expr.wide)
-            yield from deltas(expr.inner)
-        case Narrow():
-            yield from deltas(expr.wide)
-        case Spelt():
-            yield from deltas(expr.whole)
+    return (node for node in nodes(expr) if isinstance(node, Delta))
+
+
+def computed(expr: Expr) -> tuple[list[Expr], Counter[int]]:
+    """The nodes of `expr` that are computed from others, in order; by their ids, how often each
+    node's value is used."""
+    inner = [node for node in nodes(expr) if children(node)]
+    return inner, Counter(id(child) for node in inner for child in children(node))
+
+
+def waiting(expr: Expr) -> Iterator[tuple[Expr, int]]:
+    """The nodes that are computed, in order, and how many results wait for others meanwhile."""
+    inner, uses = computed(expr)
+    kept: set[int] = set()
+    for node in inner:
+        own = {id(child) for child in children(node)}
+        yield node, len(kept - own)
+        uses.subtract(map(id, children(node)))
+        kept = {known for known in kept if uses[known]} | {id(node)}
 
 
 def leaf_terms(expr: Expr) -> tuple[tuple[float, Leaf], ...]:
@@ -241,34 +273,19 @@ def chunkable(expr: Expr) -> bool:
 
 
 def _streams(expr: Expr) -> bool:
-    kinds = ("linear", "elementwise")
-    return all(get_method(call.method).kind in kinds for call in calls(expr)) and not _reshaped(
-        expr
-    )
+    return all(map(_is_streamed, nodes(expr)))
+
+
+def _is_streamed(node: Expr) -> bool:
+    """Whether a node's value is element by element its children's."""
+    if isinstance(node, Call):
+        return get_method(node.method).kind in ("linear", "elementwise")
+    return isinstance(node, (Leaf, Sum)) or (isinstance(node, Delta) and node.of is None)
 
 
 def streamed(expr: Expr) -> Iterator[Leaf]:
     """The leaves of a chunkable expression that are read along with it: no factors of a Delta."""
-    match expr:
-        case Leaf():
-            yield expr
-        case Sum():
-            for _, term in expr.terms:
-                yield from streamed(term)
-        case Call():
-            for arg in expr.args:
-                yield from streamed(arg)
-
-
-def _reshaped(expr: Expr) -> bool:
-    """Whether `expr` holds a node that is not element by element of its leaves."""
-    if isinstance(expr, Sum):
-        return any(_reshaped(term) for _, term in expr.terms)
-    if isinstance(expr, Call):
-        return any(map(_reshaped, expr.args))
-    if isinstance(expr, Delta):
-        return expr.of is not None
-    return not isinstance(expr, Leaf)
+    return (node for node in nodes(expr) if isinstance(node, Leaf))
 
 
 def cut(expr: Expr, start: int, stop: int) -> Expr:
@@ -285,44 +302,92 @@ def mapped(
 
     `span` are the elements meant in every Delta, if there is one.
     """
-    match expr:
-        case Leaf(source, info):
-            return Leaf(source, change(info))
-        case Sum():
-            return Sum(tuple((c, mapped(term, change, span)) for c, term in expr.terms))
-        case Call():
-            return replace(expr, args=tuple(mapped(arg, change, span) for arg in expr.args))
-        case Delta() if span is not None:
-            return replace(expr, span=span)
-    raise AssertionError(f"{type(expr).__name__} is not elementwise")
+
+    def at(node: Expr) -> Expr:
+        match node:
+            case Leaf(source, info):
+                return Leaf(source, change(info))
+            case Delta() if span is not None:
+                return replace(node, span=span)
+            case Sum() | Call():
+                return node
+        raise AssertionError(f"{type(node).__name__} is not elementwise")
+
+    return _rewritten(expr, at)
 
 
-def with_leaves(expr: Expr, change: Callable[[Leaf], Expr]) -> Expr:
+def with_leaves(expr: Expr, change: Callable[[Leaf], Leaf]) -> Expr:
     """`expr` with every Leaf replaced by what `change` makes of it."""
+
+    def at(node: Expr) -> Expr:
+        match node:
+            case Leaf():
+                return change(node)
+            case Delta():
+                return replace(node, factors=tuple((n, change(x)) for n, x in node.factors))
+        return node
+
+    return _rewritten(expr, at)
+
+
+def _rewritten(expr: Expr, change: Callable[[Expr], Expr]) -> Expr:
+    """`expr` with every node, made of its new children, replaced by what `change` makes of it."""
+    new: dict[int, Expr] = {}
+    for node in nodes(expr):
+        new[id(node)] = change(_made_of(node, [new[id(child)] for child in children(node)]))
+    return new[id(expr)]
+
+
+def _made_of(expr: Expr, new: Sequence[Expr]) -> Expr:
+    """`expr` with other children."""
     match expr:
-        case Leaf():
-            return change(expr)
         case Sum():
-            return Sum(tuple((c, with_leaves(term, change)) for c, term in expr.terms))
+            return Sum(tuple((c, x) for (c, _), x in zip(expr.terms, new, strict=True)))
         case Call():
-            return replace(expr, args=tuple(with_leaves(arg, change) for arg in expr.args))
+            return replace(expr, args=tuple(new))
         case Patch():
-            wide, inner = (with_leaves(e, change) for e in (expr.wide, expr.inner))
-            return Patch(wide, inner, expr.channels)
+            return Patch(new[0], new[1], expr.channels)
         case Narrow():
-            return Narrow(with_leaves(expr.wide, change), expr.channels)
+            return Narrow(new[0], expr.channels)
         case Spelt():
-            return Spelt(with_leaves(expr.whole, change), expr.pieces)
+            return Spelt(new[0], expr.pieces)
+        case Delta() if expr.of is not None:
+            return replace(expr, of=new[0])
+    return expr
+
+
+def same(a: Expr, b: Expr) -> bool:
+    """Whether two expressions say the same.
+
+    Every distinct content gets a number, told by the node's own fields and its children's numbers.
+    """
+    numbers: dict[Any, int] = {}
+
+    def number(expr: Expr) -> int:
+        found: dict[int, int] = {}
+        for node in nodes(expr):
+            below = tuple(found[id(child)] for child in children(node))
+            found[id(node)] = numbers.setdefault((_own(node), below), len(numbers))
+        return found[id(expr)]
+
+    return number(a) == number(b)
+
+
+def _own(node: Expr) -> Any:
+    """What a node says, but for its children."""
+    match node:
+        case Call():
+            said = (node.step, node.method, node.params, node.key, node.seed, node.models)
+            return Call, said
+        case Sum():
+            return Sum, tuple(c for c, _ in node.terms)
+        case Patch() | Narrow():
+            return type(node), node.channels
+        case Spelt():
+            return Spelt, node.pieces
         case Delta():
-            factors = tuple((name, _leaf(with_leaves(x, change))) for name, x in expr.factors)
-            of = None if expr.of is None else with_leaves(expr.of, change)
-            return replace(expr, factors=factors, of=of)
-    return expr
-
-
-def _leaf(expr: Expr) -> Leaf:
-    assert isinstance(expr, Leaf)  # a factor stays a tensor of a file
-    return expr
+            return replace(node, of=None)
+    return node
 
 
 def narrow(expr: Expr, channels: int) -> Expr:
@@ -337,6 +402,13 @@ def narrow(expr: Expr, channels: int) -> Expr:
         case Patch() if expr.channels == channels:
             return expr.inner
     return Narrow(expr, channels)
+
+
+def patched(wide: Expr, inner: Expr, channels: int) -> Expr:
+    """`wide` with its first `channels` entries of axis 1 taken from `inner`."""
+    while isinstance(wide, Patch) and wide.channels == channels:
+        wide = wide.wide  # what was put there before is covered
+    return Patch(wide, inner, channels)
 
 
 @dataclass(frozen=True)

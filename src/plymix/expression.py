@@ -20,9 +20,10 @@ import inspect
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, partial, reduce
 from itertools import count
 from numbers import Real
 from typing import Any
@@ -43,10 +44,7 @@ class Expression:
 
     @cached_property
     def key(self) -> str:
-        """A digest of all that the expression says: equal expressions have equal keys.
-
-        An expression may use another many times over, so it is computed once for each.
-        """
+        """A digest of all that the expression says: equal expressions have equal keys."""
         raise NotImplementedError
 
     def __eq__(self, other: object) -> bool:
@@ -218,10 +216,21 @@ class Merge(Expression):
     rules: tuple[str, ...] = ()
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        # At once, where the inputs have theirs: they may nest deeper than Python's stack.
+        self.key, self.is_delta  # noqa: B018
+
     @cached_property
     def key(self) -> str:
         inputs = [x and x.key for x in self.inputs]
         return _digest("merge", self.method, inputs, self.params, self.rules, self.seed)
+
+    @cached_property
+    def is_delta(self) -> bool:
+        """Whether this is a difference between models, not a model."""
+        if self.method in ("sum", "scale"):
+            return all(map(_is_delta, self.used))
+        return get_method(self.method).delta
 
     @property
     def used(self) -> tuple[Expression, ...]:
@@ -259,15 +268,14 @@ def _digest(*content: Any) -> str:
 def _order(wanted: Iterable[Expression]) -> list[Expression]:
     """Every expression that those `wanted` are made of, each once and after its inputs."""
     done: dict[Expression, None] = {}
-
-    def visit(x: Expression) -> None:
-        if x not in done:
-            for used in x.used if isinstance(x, Merge) else ():
-                visit(used)
-            done[x] = None
-
-    for x in wanted:
-        visit(x)
+    stack = list(wanted)[::-1]
+    while stack:
+        x = stack[-1]
+        todo = [used for used in x.used if used not in done] if isinstance(x, Merge) else []
+        if todo:
+            stack += reversed(todo)
+        else:
+            done[stack.pop()] = None
     return list(done)
 
 
@@ -364,12 +372,7 @@ def _is_number(value: object) -> bool:
 
 
 def _is_delta(x: Expression) -> bool:
-    """Whether `x` is a difference between models, not a model."""
-    if not isinstance(x, Merge):
-        return False
-    if x.method in ("sum", "scale"):
-        return all(map(_is_delta, x.used))
-    return get_method(x.method).delta
+    return isinstance(x, Merge) and x.is_delta
 
 
 def _terms(x: Expression) -> dict[Expression, float]:
@@ -418,7 +421,8 @@ def _each(x: Expression, change: Callable[[float], float]) -> Expression:
         if x.method == "subtract":
             return _difference(x.used[0], x.used[1], change(scale))
         if x.method == "sum":
-            return merge_method("sum", *(_each(i, change) for i in x.used))
+            parts = (part if n == 1 else part * n for part, n in _added(x).items())
+            return reduce(partial(merge_method, "sum"), (_each(part, change) for part in parts))
         if x.method == "scale":
             return merge_method("scale", *x.used, scale=change(scale))
     return merge_method("scale", x, scale=change(1.0))
@@ -426,11 +430,24 @@ def _each(x: Expression, change: Callable[[float], float]) -> Expression:
 
 def _onto(x: Expression, delta: Expression) -> Expression:
     """A model plus a difference."""
-    assert isinstance(delta, Merge)
-    if not delta.rules and delta.method == "subtract":
-        return merge_method(
-            "add_difference", x, *delta.inputs, alpha=delta.settings.get("scale", 1.0)
-        )
-    if delta.method == "sum":
-        return _onto(_onto(x, delta.used[0]), delta.used[1])
-    return merge_method("sum", x, delta)
+    for part, n in _added(delta).items():
+        assert isinstance(part, Merge)
+        if not part.rules and part.method == "subtract":
+            alpha = n * part.settings.get("scale", 1.0)
+            x = merge_method("add_difference", x, *part.inputs, alpha=alpha)
+        else:
+            x = merge_method("sum", x, part if n == 1 else part * n)
+    return x
+
+
+def _added(delta: Expression) -> dict[Expression, int]:
+    """The differences that a nest of sums adds up, in their order, and how often each."""
+    times = Counter([delta])
+    found = {}
+    for x in reversed(_order([delta])):  # before what it is made of
+        if isinstance(x, Merge) and x.method == "sum":
+            for used in x.used:
+                times[used] += times[x]
+        elif times[x]:
+            found[x] = times[x]
+    return dict(reversed(found.items()))

@@ -191,8 +191,11 @@ PATIENCE = 0.5
 EVERY = {True: 0.1, False: 10.0}
 """Seconds between two lines, on a terminal and elsewhere."""
 
-COUNTED = ("hashing the inputs",)
+COUNTED = ("hashing the inputs", "first pass over the tensors")
 """Phases that count things rather than bytes."""
+
+TELLING = 0.005
+"""Share of the work from which on its speed says how long the rest takes."""
 
 
 class ProgressLine:
@@ -207,6 +210,8 @@ class ProgressLine:
         self._last = 0.0 if self._live else PATIENCE
 
     def __call__(self, now: Progress) -> None:
+        if now.seconds < self._last:  # another phase has begun
+            self._last = 0.0
         if now.seconds < max(PATIENCE, self._last + EVERY[self._live]):
             return
         self._last = now.seconds
@@ -245,7 +250,7 @@ def describe(now: Progress) -> str:
         left = now.seconds * (1 / share - 1) if share else 0.0
         return text + (f", {_duration(left)} left" if share else "")
     text = f"{now.phase} {share:4.0%} of {size(now.total)}"
-    if now.done and now.seconds:
+    if share >= TELLING and now.seconds:
         speed = now.done / now.seconds
         text += f", {size(speed)}/s, {_duration((now.total - now.done) / speed)} left"
     return text

@@ -112,7 +112,6 @@ def perform(
     """Write every one of `tensors` to the job's target. Raises Cancelled or Failure."""
     work = items(tensors)
     total = sum(item.nbytes for item in work)
-    began = time.monotonic()
     for at, source in enumerate(job.sources):
         if source.remote:
             read = (leaf for tensor in tensors for leaf in leaves(tensor.expr))
@@ -120,7 +119,8 @@ def perform(
     if any(True for tensor in tensors for _ in calls(tensor.expr)):
         from plymix.engine.worker import prepare
 
-        prepare(job, tensors)
+        prepare(job, tensors, progress)
+    began = time.monotonic()
     position = iter(_scheduled(work))
 
     def loop() -> None:

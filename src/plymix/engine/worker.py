@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ import numpy as np
 
 from plymix import kernels
 from plymix.adapters import placing
-from plymix.engine import rounding
+from plymix.engine import Progress, ProgressCallback, rounding
 from plymix.engine.files import Buffers, steps
 from plymix.engine.work import CHUNK, ChunkItem, SumItem, WholeItem, chunk_of
 from plymix.expr import (
@@ -26,6 +27,7 @@ from plymix.expr import (
     Sum,
     Tensor,
     calls,
+    computed,
     leaf_terms,
     leaves,
     positional,
@@ -180,27 +182,57 @@ class Worker:
             self._put(offset, data, tensor.dtype)
 
     def evaluate(self, expr: Expr, part: tuple[int, int] | None = None) -> Any:
-        """`expr` as a float32 array: whole, or elements [start, start + n) of it, flat."""
+        """`expr` as a float32 array: whole, or elements [start, start + n) of it, flat.
+
+        What several nodes use is computed once, and dropped after its last use. What is read is
+        read for each: it would take as much memory to keep.
+        """
+        inner, uses = computed(expr)
+        values: dict[int, Any] = {}
+
+        def value(node: Expr) -> Any:
+            if id(node) not in values:
+                return self._given(node, part)
+            uses[id(node)] -= 1
+            return values[id(node)] if uses[id(node)] else values.pop(id(node))
+
+        for node in inner:
+            values[id(node)] = self._computed(node, value, part)
+        return value(expr)
+
+    def _given(self, expr: Expr, part: tuple[int, int] | None) -> Any:
+        """The value of what is made of no other expression."""
         match expr:
             case Leaf():
                 return self._load(expr, part)
-            case Sum():
-                return self._sum_of_arrays(expr, part)
-            case Call():
-                return self._call(expr, [self.evaluate(arg, part) for arg in expr.args])
-            case Patch():
-                wide = _to_numpy(self.evaluate(expr.wide)).copy()
-                wide[:, : expr.channels] = _to_numpy(self.evaluate(expr.inner))
-                return wide
-            case Narrow():
-                return self.evaluate(expr.wide)[:, : expr.channels]
-            case Spelt():
-                whole = _to_numpy(self.evaluate(expr.whole))
-                return np.concatenate([_spelt(whole, *piece) for piece in expr.pieces])
             case Const():
                 return kernels.float32(expr.data, expr.dtype).reshape(expr.shape)
             case Delta():
-                return self._delta(expr, part)
+                return self._added(((1.0, expr),), part)
+        raise AssertionError(f"{type(expr).__name__} is not computed yet")
+
+    def _computed(
+        self, expr: Expr, value: Callable[[Expr], Any], part: tuple[int, int] | None
+    ) -> Any:
+        """The value of `expr`, whose children's are asked for once each."""
+        match expr:
+            case Sum():
+                return self._sum_of_arrays(expr, value, part)
+            case Call():
+                return self._call(expr, [value(arg) for arg in expr.args])
+            case Patch():
+                wide = _to_numpy(value(expr.wide)).copy()
+                wide[:, : expr.channels] = _to_numpy(value(expr.inner))
+                return wide
+            case Narrow():
+                return value(expr.wide)[:, : expr.channels]
+            case Spelt():
+                whole = _to_numpy(value(expr.whole))
+                return np.concatenate([_spelt(whole, *piece) for piece in expr.pieces])
+            case Delta(of=of) if of is not None:
+                factors = {name: self._load(leaf, None) for name, leaf in expr.factors}
+                return placing.change_of(expr, value(of), factors)
+        raise AssertionError(f"{type(expr).__name__} is not computed from others")
 
     def _load(self, leaf: Leaf, part: tuple[int, int] | None) -> Any:
         info, source = leaf.info, self.job.sources[leaf.source]
@@ -222,10 +254,12 @@ class Worker:
             return gpu.to_device(array, self.job.device)
         return array
 
-    def _sum_of_arrays(self, expr: Sum, part: tuple[int, int] | None) -> Any:
+    def _sum_of_arrays(
+        self, expr: Sum, value: Callable[[Expr], Any], part: tuple[int, int] | None
+    ) -> Any:
         added = [(c, x) for c, x in expr.terms if isinstance(x, Delta) and x.of is None]
         others = [(c, x) for c, x in expr.terms if not (isinstance(x, Delta) and x.of is None)]
-        arrays = [self.evaluate(term, part) for _, term in others]
+        arrays = [value(term) for _, term in others]
         coefficients = [c for c, _ in others]
         for group in _held_together(added):
             arrays.append(self._added(group, part))
@@ -236,12 +270,6 @@ class Worker:
             arrays[0] += arrays[1]  # what was read is nobody else's
             return arrays[0]
         return weighted(arrays, coefficients)
-
-    def _delta(self, delta: Delta, part: tuple[int, int] | None) -> Any:
-        if delta.of is None:
-            return self._added(((1.0, delta),), part)
-        factors = {name: self.evaluate(leaf) for name, leaf in delta.factors}
-        return placing.change_of(delta, self.evaluate(delta.of), factors)
 
     def _added(self, terms: tuple[tuple[float, Delta], ...], part: tuple[int, int] | None) -> Any:
         """The sum of what LoRAs add to one tensor, in float32."""
@@ -260,7 +288,7 @@ class Worker:
             if self._held + size > _limit(terms[0]):
                 self._changes.clear()
                 self._held = 0
-            factors = [{n: self.evaluate(leaf) for n, leaf in x.factors} for _, x in terms]
+            factors = [{n: self._load(leaf, None) for n, leaf in x.factors} for _, x in terms]
             self._changes[key] = placing.together(terms, factors)
             self._held += size
         return self._changes[key]
@@ -346,9 +374,14 @@ def _to_numpy(value: Any) -> Any:
 class PlanTensors:
     """What a method's `prepare` sees: all its calls in the plan, their inputs read when asked."""
 
-    def __init__(self, worker: Worker, found: dict[str, Call]) -> None:
+    def __init__(
+        self, worker: Worker, found: dict[str, Call], progress: ProgressCallback | None
+    ) -> None:
         self._worker = worker
         self._calls = found
+        self._progress = progress
+        self._asked: set[str] = set()
+        self._began = self._told = time.monotonic()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._calls)
@@ -357,14 +390,25 @@ class PlanTensors:
         return key in self._calls
 
     def __getitem__(self, key: str) -> tuple[Any, ...]:
+        self._tell()
+        self._asked.add(key)
         self._worker.job.add(0)
         return tuple(self._worker.evaluate(arg) for arg in self._calls[key].args)
+
+    def _tell(self) -> None:
+        now = time.monotonic()
+        if self._progress is None or now - self._told < 0.1:
+            return
+        self._told = now
+        phase, done, total = "first pass over the tensors", len(self._asked), len(self._calls)
+        if self._progress(Progress(phase, done, total, now - self._began)) is False:
+            self._worker.job.halt()
 
     def shape(self, key: str) -> tuple[int, ...]:
         return next(leaves(self._calls[key])).info.shape
 
 
-def prepare(job: Job, tensors: Sequence[Tensor]) -> None:
+def prepare(job: Job, tensors: Sequence[Tensor], progress: ProgressCallback | None = None) -> None:
     """Before any work with methods in it: run the `prepare` of every step, inner steps first.
 
     Not of those that it ran for already: what is made in several goes is prepared for once.
@@ -380,7 +424,7 @@ def prepare(job: Job, tensors: Sequence[Tensor]) -> None:
         first_pass = get_method(first.method).prepare
         assert first_pass is not None
         job.state[step] = first_pass(
-            PlanTensors(Worker(job, Buffers()), by_key), **dict(first.params)
+            PlanTensors(Worker(job, Buffers()), by_key, progress), **dict(first.params)
         )
 
 

@@ -18,13 +18,13 @@ from plymix.expr import (
     Expr,
     Leaf,
     Linear,
-    Patch,
     Sum,
     Tensor,
     calls,
     leaf_terms,
     leaves,
     narrow,
+    patched,
 )
 from plymix.formats.base import TensorInfo
 from plymix.formats.diffusers import MODEL_INDEX
@@ -535,7 +535,7 @@ class Making(Opening):
         )
         if expr == inner[owner]:
             return args[owner], shapes[owner]
-        return Patch(args[owner], expr, widths[0]), shapes[owner]
+        return patched(args[owner], expr, widths[0]), shapes[owner]
 
     def _unpacked(self, tensors: Sequence[Tensor], places: Mapping[str, Place]) -> None:
         """Note what is kept as it is but for its packing, which makes the result larger."""

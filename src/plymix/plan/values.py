@@ -13,14 +13,17 @@ from plymix.archs import Architecture, Detection, Place
 from plymix.archs.views import View
 from plymix.errors import Refusal, listed
 from plymix.expr import (
+    Call,
+    Expr,
     Tensor,
-    calls,
     changed,
+    children,
     chunkable,
     deltas,
     leaves,
     numbered,
     plain_terms,
+    waiting,
 )
 from plymix.formats import is_folder_name, writer_for
 from plymix.formats.base import Content, Entry, Layout, Source, TensorInfo, together
@@ -150,11 +153,8 @@ class Plan:
                     held = min(sum(factors), max(t.numel, 1 << 21))
                     most = max(most, 8 * max(held, *factors))
                 continue
-            found = set(leaves(t.expr))
-            largest = max((leaf.info.numel for leaf in found), default=t.numel)
-            rooms = [get_method(call.method).room for call in calls(t.expr)]
-            beyond = max(0, len(found) - 3)  # what `room` does not know of
-            needed = max([2 + len(found), *(room + beyond for room in rooms)])
+            largest = max((leaf.info.numel for leaf in leaves(t.expr)), default=t.numel)
+            needed = max((waits + _room(x) for x, waits in waiting(t.expr)), default=3)
             most = max(most, largest * 4 * needed)
         return (least << 20) + threads * most
 
@@ -260,3 +260,11 @@ def counts(plan: Plan) -> dict[str, Counter[str]]:
         block = plan.places[tensor.name].block
         found.setdefault(block, Counter())[fate.how] += 1
     return found
+
+
+def _room(node: Expr) -> int:
+    """Tensors in float32 that it takes to compute a node, its children's values among them."""
+    given = len(children(node))
+    if isinstance(node, Call):  # its method's `room` is that of up to three models
+        return max(2 + given, get_method(node.method).room + max(0, given - 3))
+    return 2 + given
