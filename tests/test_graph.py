@@ -81,7 +81,7 @@ def graphs(draw):
     for i in range(draw(st.integers(2, 7))):
         known = st.sampled_from([*"abc", *range(i), *([i - 1] * 6 if i else [])])
         method = draw(st.sampled_from(sorted(FORMULAS)))
-        steps.append((method, draw(known), draw(known), draw(st.sampled_from([0.2, 0.5, 0.9]))))
+        steps.append((method, draw(known), draw(known), draw(st.sampled_from([0.2, 0.4, 0.9]))))
     return steps
 
 
