@@ -255,6 +255,16 @@ def test_supermerger_blocks_and_rules():
             "train_difference",
             {"alpha": 0.4},
         ),
+        (
+            {"mbw": False, "mode": "Add difference", "calcmode": "extract", "base_beta": 0.25},
+            "extract",
+            {"alpha": 0.4, "beta": 0.25, "gamma": 0.3},
+        ),
+        (
+            {"mbw": False, "mode": "Add difference", "calcmode": "extract", "opt_value": 2},
+            "extract",
+            {"alpha": 0.4, "beta": 0, "gamma": 2},
+        ),
         ({"mbw": False, "mode": "Triple sum", "base_beta": 0.1}, "triple_sum",
          {"alpha": 0.4, "beta": 0.1}),
         ({"mbw": False, "mode": "sum Twice", "base_beta": 0.1}, "sum_twice",
@@ -285,10 +295,33 @@ def test_supermerger_names_what_it_cannot_say():
         ({"mode": "Quadruple"}, "quadruple"),
         ({"elemental_merge": "IN01:attn:R"}, "random"),
         ({"weights_alpha": "0.1,0.2"}, "2 numbers"),
+        ({"weights_alpha": "R"}, "weights_alpha: value 1 is 'R', a random ratio"),
+        ({"weights_alpha": "0.1,R" + ",0.2" * 24}, "weights_alpha: value 2 is 'R', a random ratio"),
+        ({"weights_alpha": ["U", *GRAD_V]}, "value 1 is 'U', a random ratio"),
+        ({"adjust": "1,2,R"}, "adjust: value 3 is 'R'"),
         ({"model_b": ""}, "model B"),
     ):
         with pytest.raises(Refusal, match=what):
             supermerger(**changes)
+
+
+def test_supermergers_adjust():
+    """Each of the eight numbers does to the output what supermerger's does to its key."""
+    values = [1.0, -2.0, 3.0, 4.0, -5.0, 0.5, 0.25, 6.0]
+    found = supermerger(adjust=", ".join(map(str, values)))
+    assert found.recipe.output.adjust == {
+        "detail": [1.0, -2.0, 3.0],
+        "contrast": 4.0,
+        "brightness": -5.0,
+        "colour": [0.5, 0.25, 6.0],
+    }
+    assert not any("adjust" in note for note in found.notes)
+    few = supermerger(adjust=[0, 0, 0, 2, 0, 0, 0, 0])
+    assert few.recipe.output.adjust == {"contrast": 2}
+    assert supermerger(adjust="").recipe.output.adjust == {}
+    old = supermerger(adjust="1,2,3,4,5,6,7")
+    assert old.recipe.output.adjust == {}
+    assert any("adjust = 1,2,3,4,5,6,7 is not taken over: 7 numbers" in n for n in old.notes)
 
 
 def history(rows: list[dict], delimiter: str) -> str:

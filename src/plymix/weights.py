@@ -126,7 +126,7 @@ class Resolved(msgspec.Struct, frozen=True):
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*(e[+-]?\d+)?|\.\d+(e[+-]?\d+)?|nan|inf(inity)?)", re.I | re.A)
 _RANDOM = re.compile(r"[RUXD]|E[RUX]|ALL_[RUX]")
-_NO_RANDOM = "a random ratio, and recipes make the same file every time"
+NO_RANDOM = "a random ratio, and recipes make the same file every time"
 
 
 def parse(
@@ -151,6 +151,11 @@ def parse(
     values = [literal(word) for word in re.split(r"\s*,\s*|\s+", text)]
     value = values[0] if len(values) == 1 else values
     return from_toml(value, field=field, blocks=blocks, own=own)
+
+
+def is_random(word: object) -> bool:
+    """Whether `word` is a symbol of supermerger for a random ratio: R, U, X, D, ER, ALL_R."""
+    return isinstance(word, str) and _RANDOM.fullmatch(word.strip()) is not None
 
 
 def literal(word: str) -> float | str:
@@ -210,8 +215,8 @@ def to_json(weight: Weight) -> Any:
 
 
 def _number(value: object, where: str) -> float:
-    if isinstance(value, str) and _RANDOM.fullmatch(value):
-        raise Refusal(f"{where} is {value!r}, {_NO_RANDOM}; give a number")
+    if is_random(value):
+        raise Refusal(f"{where} is {value!r}, {NO_RANDOM}; give a number")
     if isinstance(value, bool) or not isinstance(value, Real):
         raise Refusal(f"{where} is {value!r}, not a number")
     try:
@@ -237,13 +242,13 @@ def _preset(name: str, field: str, own: Own) -> str | tuple[float, ...]:
     for mine, values in own.items():
         if mine.upper() == upper:
             if not values:
-                raise Refusal(f"{field}: preset {mine} has {_NO_RANDOM}")
+                raise Refusal(f"{field}: preset {mine} has {NO_RANDOM}")
             return _numbers(values, f"{field}: preset {mine}", ())
     names = _preset_names()
     if upper in names:
         return names[upper]
-    if "_" in upper and _RANDOM.fullmatch(upper):
-        raise Refusal(f"{field}: {name!r} is {_NO_RANDOM}; give numbers")
+    if "_" in upper and is_random(upper):
+        raise Refusal(f"{field}: {name!r} is {NO_RANDOM}; give numbers")
     if _NUMBER.fullmatch(name.strip()):
         raise Refusal(f"{field} is the text {name!r}; a number takes no quotes")
     if _NUMBER.match(name.strip()) and not nearest(name, [*names, *own]):
@@ -527,7 +532,7 @@ def _preset_line(text: str, where: str) -> tuple[float, ...]:
         raise _bad_line(
             f"{where}: {count}; a preset has 25 (SD1) or 19 (SDXL), and one more with BASE first"
         )
-    if any(_RANDOM.fullmatch(word) for word in words):
+    if any(map(is_random, words)):
         return ()
     try:
         return _numbers([literal(word) for word in words], where, names)

@@ -118,13 +118,25 @@ def complement(share: float) -> float:
     return float(1 - Decimal(repr(share)))
 
 
-def numbers(value: Any, where: str) -> list[float]:
-    """A list of block weights: a list, or numbers separated by commas, in brackets or not."""
+def _said(value: Any, where: str) -> list[Any]:
+    """The words of a list of block weights. Raises Refusal where one is drawn by chance."""
     if isinstance(value, str):
         value = [word for word in re.split(r"[\s,]+", value.strip("[]() \t")) if word]
     if not isinstance(value, Iterable):
         raise Refusal(f"{where} is {value!r}, not a list of numbers")
-    return [number(v, where) for v in value]
+    words = list(value)
+    for i, word in enumerate(words, 1):
+        if weights.is_random(word):
+            raise Refusal(
+                f"{where}: value {i} is {word!r}, {weights.NO_RANDOM}; put the number there that"
+                " it had"
+            )
+    return words
+
+
+def numbers(value: Any, where: str) -> list[float]:
+    """A list of block weights: a list, or numbers separated by commas, in brackets or not."""
+    return [number(v, where) for v in _said(value, where)]
 
 
 def block_weights(value: Any, base: float | None, where: str) -> Any:
@@ -134,7 +146,7 @@ def block_weights(value: Any, base: float | None, where: str) -> Any:
     `base` (if the record says it apart) replaces, and the VAE last. 61 are Flux.1's, CLIP and T5
     first.
     """
-    if isinstance(value, str) and not re.search(r"[\s,]", value.strip()):
+    if isinstance(value, str) and len(_said(value, where)) == 1:
         return _with_base(weights.from_toml(value, field=where), base)
     found = numbers(value, where)
     if len(found) in (20, 21, 26):

@@ -11,7 +11,15 @@ from __future__ import annotations
 from typing import Any
 
 from plymix.errors import Refusal, unknown
-from plymix.importers.base import Imported, Record, block_weights, merged, number
+from plymix.importers.base import (
+    Imported,
+    Record,
+    block_weights,
+    merged,
+    number,
+    numbers,
+    shown,
+)
 
 MODES = {
     "weight sum": ("weighted_sum", 2, ("alpha",)),
@@ -31,6 +39,7 @@ CALCMODES = {
     ("add difference", "traindifference"): ("train_difference", 3, ("alpha",)),
     ("add difference", "smoothadd"): ("smooth_add", 3, ("alpha",)),
     ("add difference", "smoothadd mt"): ("smooth_add", 3, ("alpha",)),
+    ("add difference", "extract"): ("extract", 3, ("alpha", "beta")),
 }
 
 COLUMNS = {
@@ -52,6 +61,7 @@ COLUMNS = {
     "use id": "id_sets",
     "elemental merge": "elemental_merge",
     "calcmode": "calcmode",
+    "adjust": "adjust",
 }
 """Columns of `mergehistory.csv` -> fields of `sd_merge_recipe`."""
 
@@ -83,6 +93,9 @@ def read(record: Record) -> Imported:
         "title": str(record.take("custom_name")),
         "block_view": "supermerger",
     }
+    output |= _adjust(record)
+    if method == "extract":
+        settings["gamma"] = record.number("gamma", "opt_value", default=0.3)
     saved = str(record.take("save_sets"))
     if "fp16" in saved:
         output["dtype"] = "fp16"
@@ -100,6 +113,27 @@ def _weight(record: Record, param: str, blocks: bool) -> Any:
         return number(said, where)
     base = None if said == "" else number(said, where)
     return block_weights(listed, base, f"supermerger: weights_{param}")
+
+
+def _adjust(record: Record) -> dict[str, Any]:
+    """The `adjust` of an output from eight numbers: IN, OUT, OUT2, CONT, BRI, COL1, COL2, COL3."""
+    said = record.take("adjust", "fine")
+    if said == "":
+        return {}
+    found = numbers(said, "supermerger: adjust")
+    if len(found) != 8:
+        record.note(
+            f"adjust = {shown(said)} is not taken over: {len(found)} numbers, and only the eight"
+            " of newer versions have a place in the recipe"
+        )
+        return {}
+    fields = {
+        "detail": found[:3],
+        "contrast": found[3],
+        "brightness": found[4],
+        "colour": found[5:],
+    }
+    return {"adjust": {k: v for k, v in fields.items() if v and v != [0, 0, 0]}}
 
 
 def from_row(row: dict[str, str]) -> dict[str, Any]:
