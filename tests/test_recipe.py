@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plymix import recipe
+from plymix import recipe, weights
 from plymix.errors import Refusal
 
 TOML = """
@@ -262,6 +262,9 @@ def test_from_metadata():
         {"blocks": {"IN00-IN06": 0.1}},
         {"M00-IN05": 0.1, "OUT11": 0.3},
         {"blocks": {"M00 IN05": 0.1}},
+        {"base": 0.2, "default": 0.1, "blocks": {"M00": 0.5}},
+        {"base": 0.2, "blocks": "GRAD_V"},
+        {"base": 0.2, "IN05": 0.5},
     ],
 )
 def test_one_block_can_be_set_however_the_weight_is_written(alpha):
@@ -276,6 +279,21 @@ def test_one_block_can_be_set_however_the_weight_is_written(alpha):
     else:
         assert found.params["alpha"]["blocks"]["IN05"] == 0.3
     assert recipe.from_json(recipe.to_json(after)) == after
+    short = recipe.with_setting(before, "steps.s.alpha.IN05", "0.3")
+    assert short.steps["s"].rules == found.rules
+    assert weights.from_toml(short.steps["s"].params["alpha"]) == weights.from_toml(
+        found.params["alpha"]
+    )
+    for name in ("base", "BASE"):
+        told = recipe.with_setting(before, f"steps.s.alpha.{name}", "0.7").steps["s"]
+        assert told.params["alpha"]["base"] == 0.7
+    for wrong in ("bas", "blcks"):
+        with pytest.raises(Refusal, match=f"'{wrong}': did you mean"):
+            weights.from_toml(
+                recipe.with_setting(before, f"steps.s.alpha.{wrong}", "1")
+                .steps["s"]
+                .params["alpha"]
+            )
 
 
 def test_a_set_block_is_known_in_any_case():

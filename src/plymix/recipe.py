@@ -534,12 +534,14 @@ def with_output(recipe: Recipe, **fields: Any) -> Recipe:
 def with_setting(recipe: Recipe, path: str, text: str) -> Recipe:
     """`--set steps.mix.alpha.base=0.3`: the recipe with one value replaced.
 
-    `steps.mix.alpha.blocks.IN05=0.3` works for every way to write a weight: where the blocks are a
-    preset, a list or a curve, or ranges that may hold it, it becomes a rule of the step, before its
-    other rules.
+    `steps.mix.alpha.blocks.IN05=0.3`, and `steps.mix.alpha.IN05=0.3` for short, work for every way
+    to write a weight: where the blocks are a preset, a list or a curve, or ranges that may hold it,
+    it becomes a rule of the step, before its other rules.
     """
     found = to_dict(recipe)
     keys = path.split(".")
+    if keys[0] == "steps" and len(keys) == 4 and _is_weight(recipe, *keys[1:3]):
+        keys[3:] = weights.path_of(keys[3])
     value = _value(text, path)
     at: Any = found
     weight = keys[2] if keys[0] == "steps" and len(keys) > 3 else None
@@ -560,6 +562,14 @@ def with_setting(recipe: Recipe, path: str, text: str) -> Recipe:
         raise Refusal(f"--set {path}: {'.'.join(keys[:-1])} is not a table")
     at[keys[-1]] = value
     return from_dict(found)
+
+
+def _is_weight(recipe: Recipe, step: str, param: str) -> bool:
+    """Whether `param` of `step` is a weight, which blocks may have each their own of."""
+    if step not in recipe.steps:
+        return False
+    params = get_method(recipe.steps[step].method).params
+    return any(p.name == param and p.type is float for p in params)
 
 
 def _value(text: str, path: str) -> Any:

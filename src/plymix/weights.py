@@ -294,13 +294,23 @@ def _points(value: object, field: str) -> tuple[tuple[float, float], ...]:
     return tuple(points)
 
 
+def path_of(name: str) -> tuple[str, ...]:
+    """Where in a weight the number of the block or the field `name` is: ("blocks", "IN05")."""
+    return ("base",) if name == "BASE" else (name,) if _is_field(name) else ("blocks", name)
+
+
+def _is_field(name: str) -> bool:
+    """Whether `name` is that of a field of a weight, or comes near one."""
+    fields = (*Blocks.__struct_encode_fields__, "curve")
+    return name in (*fields, *Curve.__struct_encode_fields__) or bool(nearest(name, fields))
+
+
 def under_blocks(value: Mapping[str, Any]) -> dict[str, Any]:
     """{M00 = 0.5, default = 0.1}, block names beside the fields, with them under `blocks`.
 
     What comes near the name of a field is left where it is, to be told as a misspelt one.
     """
-    fields = (*Blocks.__struct_encode_fields__, "curve")
-    named = {k: v for k, v in value.items() if k not in fields and not nearest(str(k), fields)}
+    named = {k: v for k, v in value.items() if not _is_field(str(k))}
     if not named or "blocks" in value:
         return dict(value)
     return {k: v for k, v in value.items() if k not in named} | {"blocks": named}
