@@ -265,6 +265,14 @@ def test_what_cannot_be_drawn_is_refused(backend, tmp_path):
     unet = write(tmp_path / "unet.safetensors", "sd1", bare=True)
     with pytest.raises(Refusal, match="has no vae"):
         draw(backend, single(unet))
+    for path, said in ((flux, "SD1, SD2, SDXL"), (inpainting, "text alone"), (unet, "no vae")):
+        with plan.build(single(path)) as planned, pytest.raises(Refusal, match=said):
+            backend.check(planned, [CAT])
+    xl = write(tmp_path / "xl.safetensors", "sdxl")
+    with plan.build(single(xl)) as planned:
+        backend.check(planned, [CAT])
+        with pytest.raises(Refusal, match=r"size 68x64: pictures of xl.safetensors are mult"):
+            backend.check(planned, [CAT, Settings(width=68, height=64)])
     with pytest.raises(Refusal, match="unknown precision"):
         open_backend("diffusers", Options(device="cpu", precision="fp8"))
 

@@ -360,8 +360,40 @@ def test_karras_is_a_scheduler_in_new_web_uis(pair, tmp_path, monkeypatch):
     fake.samplers = ("DPM++ 2M Karras",)
     request = opened(fake)._request(karras)
     assert (request["sampler_name"], "scheduler" in request) == ("DPM++ 2M Karras", False)
-    with pytest.raises(Failure, match="has no sampler 'Euler'"):
+    with pytest.raises(Refusal, match=r"has no sampler 'Euler'; it has DPM\+\+ 2M Karras"):
         opened(fake)._request(Settings(sampler="euler"))
+    fake.server.shutdown()
+    fake.server.server_close()
+
+
+def test_what_a_server_cannot_draw_is_refused_before_anything_is_merged(
+    pair, tmp_path, monkeypatch, capsys
+):
+    """Not after the rows before it: no model is written, no file hashed, no picture asked for."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    fake = FakeA1111(folder)
+    fake.samplers = ("Euler a",)
+
+    def never(*_):
+        raise AssertionError("work before a refusal")
+
+    monkeypatch.setattr("plymix.hashes.model_sha256", never)
+    monkeypatch.setattr("plymix.api.run", never)
+    words = ["compare", *pair, "--size", "64x64", "--backend", "a1111", "--url", fake.url]
+    words += ["--model-folder", str(folder), "--x", "sampler=euler_a,euler"]
+    assert cli.run(words) == 2
+    assert "has no sampler 'Euler'; it has Euler a" in capsys.readouterr().err
+    recipe = tmp_path / "shards.toml"
+    recipe.write_text(
+        f'[models]\na = "{pair[0]}"\nb = "{pair[1]}"\n[steps.m]\nmethod = "weighted_sum"\na = "a"\n'
+        'b = "b"\n[output]\nshard = 1000000\n'
+    )
+    assert cli.run([*words[:1], "--from", str(recipe), *words[3:-2]]) == 2
+    assert "a server loads one file: leave out output.shard" in capsys.readouterr().err
+    assert not list(folder.iterdir())
+    assert not any("txt2img" in path for path, _ in fake.asked)
     fake.server.shutdown()
     fake.server.server_close()
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePath, PureWindowsPath
 from typing import Any
 
-from plymix.errors import Failure
+from plymix.errors import Failure, Refusal, listed
 from plymix.images.base import SAMPLERS, Options, Picture, Settings, Tick
 from plymix.images.server import Checkpoints, Server, picture
 from plymix.plan import Plan
@@ -41,6 +41,12 @@ class A1111:
         self._title = ""
         self._old: Any = None  # the file that is in use
         self.label = f"a1111 {self.server.url}"
+
+    def check(self, plan: Plan, asked: Sequence[Settings]) -> None:
+        """Refuse a model that is no checkpoint file, and samplers that the server lacks."""
+        self.files.check(plan)
+        for settings in asked:
+            self._request(settings)
 
     def use(self, plan: Plan) -> None:
         name = self.files.put(plan)
@@ -107,7 +113,10 @@ class A1111:
         if name.endswith(" Karras") and name not in self._samplers:  # since version 1.9
             request |= {"sampler_name": name.removesuffix(" Karras"), "scheduler": "Karras"}
         if request["sampler_name"] not in self._samplers:
-            raise Failure(f"the web UI at {self.server.url} has no sampler {name!r}")
+            known = listed(sorted(filter(None, self._samplers)))
+            raise Refusal(
+                f"the web UI at {self.server.url} has no sampler {name!r}; it has {known}"
+            )
         return request
 
     def close(self) -> None:

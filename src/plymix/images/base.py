@@ -123,6 +123,15 @@ class Backend(Protocol):
         """Give everything back: memory, connections, files that only this sheet needed."""
 
 
+def check(backend: Backend, plan: Plan, asked: Sequence[Settings]) -> None:
+    """Let a backend refuse what it cannot draw, before anything is merged. Raises Refusal.
+
+    It may have a method `check(plan, asked)` for that, which reads no tensor.
+    """
+    if (own := getattr(backend, "check", None)) is not None:
+        own(plan, asked)
+
+
 BACKENDS: Mapping[str, str] = {
     "diffusers": "in this process, with torch: SD1, SD2, SDXL",
     "a1111": "a running Stable Diffusion web UI or Forge, over HTTP",

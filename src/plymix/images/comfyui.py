@@ -44,6 +44,10 @@ class ComfyUI:
         self._name = ""
         self._old: Any = None
 
+    def check(self, plan: Plan, asked: Sequence[Settings]) -> None:
+        """Refuse a model that is no checkpoint file."""
+        self.files.check(plan)
+
     def use(self, plan: Plan) -> None:
         name = self.files.put(plan)
         made = self.files.made()

@@ -31,8 +31,8 @@ from plymix.errors import Cancelled, Refusal
 from plymix.expr import numbered
 from plymix.formats import Source, open_model
 from plymix.images import page, parameters, pixels, sheet
-from plymix.images.base import Backend, Picture, Settings
-from plymix.images.grid import Grid
+from plymix.images.base import Backend, Picture, Settings, check
+from plymix.images.grid import Cell, Grid
 from plymix.plan import Plan
 from plymix.recipe import Model, Recipe
 
@@ -196,14 +196,18 @@ def draw(
 ) -> Drawn:
     """Draw every cell that is not there yet.
 
-    Raises Refusal for what cannot be merged, before the first picture; for what the backend cannot
-    draw, when its turn comes; Failure or Cancelled. Finished pictures stay.
+    Raises Refusal for what cannot be merged or what the backend cannot draw, before anything is
+    read; Failure or Cancelled. Finished pictures stay.
     """
     began = drawing = time.monotonic()
     keys = [recipes.to_json(cell.recipe) for cell in grid.cells]
+    by_key: dict[str, list[Cell]] = {}
+    for key, cell in zip(keys, grid.cells, strict=True):
+        by_key.setdefault(key, []).append(cell)
+    for cells in by_key.values():
+        check(backend, kitchen.plan(cells[0].recipe), [cell.settings for cell in cells])
     said = {
-        key: recipes.to_dict(kitchen.recorded(cell.recipe))
-        for key, cell in dict(zip(keys, grid.cells, strict=True)).items()
+        key: recipes.to_dict(kitchen.recorded(cells[0].recipe)) for key, cells in by_key.items()
     }
     records = [
         {
@@ -481,7 +485,9 @@ def again(
         if progress is not None and progress(now) is False:
             raise Cancelled("stopped; nothing was written")
 
-    backend.use(kitchen.plan(recipe))
+    plan = kitchen.plan(recipe)
+    check(backend, plan, [settings])
+    backend.use(plan)
     (picture,) = backend.draw([settings], tick)
     new = {**record, "plymix": _version(), "backend": backend.label}
     _save(out, picture, new, metadata.formula(recipe))

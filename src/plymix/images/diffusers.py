@@ -39,6 +39,9 @@ LATENT_SCALE = {"sd1": 0.18215, "sd2": 0.18215, "sdxl": 0.13025}
 V_SPREAD = 0.09
 """SD2 files do not say what they predict. Those that predict v have a wider spread in the bias of
 their last cross-attention's first norm (ComfyUI, `supported_models.SD20.model_type`)."""
+LEVELS = "encoder.down_blocks.{}.resnets.0.conv1.weight"
+"""What each level of a VAE has; each but the first halves the picture."""
+
 V_TELLS = "unet/up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias"
 
 
@@ -75,6 +78,20 @@ class Diffusers:
         self._live: Live | Resident = Live(self._put)
 
     # --- the model ----------------------------------------------------------------------------
+
+    def check(self, plan: Plan, asked: Sequence[Settings]) -> None:
+        """Refuse models and sizes that cannot be drawn, by the shapes of the tensors."""
+        found = parts(plan)
+        if plan.base.prediction == "edm":
+            raise Refusal(f"{plan.base.label} predicts edm; use --backend comfyui for it")
+        shapes = {t.name.partition("/")[2]: t.shape for t in found["vae"]}
+        down = 2 ** (_count(shapes, LEVELS) - 1)
+        for s in asked:
+            if s.width % down or s.height % down:
+                raise Refusal(
+                    f"size {s.width}x{s.height}: pictures of {plan.base.label} are multiples of"
+                    f" {down} pixels, both ways"
+                )
 
     def use(self, plan: Plan) -> None:
         found = parts(plan)
@@ -143,8 +160,6 @@ class Diffusers:
 
     def _predicts_v(self, plan: Plan) -> bool:
         kind = plan.base.prediction
-        if kind == "edm":
-            raise Refusal(f"{plan.base.label} predicts edm; use --backend comfyui for it")
         if kind or self.arch != "sd2":
             return kind == "v"
         return float(self._params[V_TELLS].float().std(unbiased=False)) > V_SPREAD
@@ -177,8 +192,6 @@ class Diffusers:
         one = asked[0].checked()
         down = 2 ** (len(self._modules["vae"].config.block_out_channels) - 1)
         shape = (self._modules["unet"].config.in_channels, one.height // down, one.width // down)
-        if min(shape[1:]) < 1 or one.height % down or one.width % down:
-            raise Refusal(f"this model's pictures are multiples of {down} pixels, both ways")
         generators = [torch.Generator("cpu").manual_seed(s.seed) for s in asked]
 
         def noise() -> Any:
@@ -317,7 +330,7 @@ def _unet(arch: str, shapes: Shapes, known: Mapping[str, Any]) -> tuple[Any, dic
 def _vae(arch: str, shapes: Shapes, known: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     from diffusers import AutoencoderKL
 
-    levels = _count(shapes, "encoder.down_blocks.{}.resnets.0.conv1.weight")
+    levels = _count(shapes, LEVELS)
     widths = [shapes[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"][0] for i in range(levels)]
     config = {
         "in_channels": shapes["encoder.conv_in.weight"][1],

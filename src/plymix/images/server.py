@@ -127,6 +127,13 @@ class Checkpoints:
         self._keep = options.keep
         self._made: Path | None = None
 
+    def check(self, plan: Plan) -> None:
+        """Refuse a model that cannot be written as the one file a server loads."""
+        _, layout = plan.layout(self._path(plan), {})
+        if layout.index:
+            raise Refusal(f"a server loads one file: leave out output.shard of {plan.base.label}")
+        api.ready(self._path(plan), force=True)
+
     def put(self, plan: Plan) -> str:
         """The name of the file that holds the plan's model. The last one stays until `drop`.
 
@@ -137,12 +144,15 @@ class Checkpoints:
             there = only.resolve()
             if there.parent == self.folder.resolve():
                 return there.name
-        path = self.folder / f"plymix-{_digest(plan)}.safetensors"
+        path = self._path(plan)
         if not path.exists():
             api.ready(path, force=False)
             api.run(plan, path)
             self._made = path
         return path.name
+
+    def _path(self, plan: Plan) -> Path:
+        return self.folder / f"plymix-{_digest(plan)}.safetensors"
 
     def made(self) -> Path | None:
         """The file that `put` wrote last, to be removed by `drop` when the server has another."""
