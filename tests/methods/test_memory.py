@@ -17,28 +17,63 @@ import pytest
 
 from plymix.registry import methods
 
-SLACK = 0.2
-"""Of the tensor: a piece or two, a sample, a few per cent of the elements to be sorted."""
+SLACK = 0.25
+"""Of the tensor: a piece or two, a sample, a few per cent of the elements to be sorted, masks in
+bits."""
 
-SMALL = {"BLOCK": 1 << 11, "SAMPLE": 1 << 10}
-"""What pieces and samples have here, so that they are small beside these small tensors."""
+SMALL = {"BLOCK": 1 << 11, "SAMPLE": 1 << 10, "GROUPS": 48}
+"""What pieces and samples have here, so that they are small beside these small tensors, and groups
+that are told by so small a sample."""
 
 WHOLE = [m for m in methods().values() if m.kind not in ("linear", "elementwise")]
 
 
+MORE = [
+    ("ties_dare", {"epsilon": 0.2}),
+    ("ties_dare", {"keep": 1.0}),
+    ("sce", {"select": 0.5}),
+    ("dropout", {"overlap": 0.5}),
+    ("dropout", {"overlap": 2.0}),
+    ("plus_random", {"alpha": 0.1}),
+    ("channel_cosine_gate", {"beta": 0.5}),
+    ("deturbo", {"damping": 0.5}),
+    ("breadcrumbs", {"gamma": 0.0}),
+    ("truncate_rank", {"iterations": 0}),
+    ("truncate_kronecker", {"iterations": 0}),
+    ("rotate", {"alignment": 0.5}),
+    ("rotate", {"alpha": 0.5}),
+    ("crossover", {"tilt": 0.5}),
+]
+"""Numbers that choose another way of computing."""
+
+
+def settings():
+    """Every method with its defaults, with each other choice or switch, and with `MORE`."""
+    for m in WHOLE:
+        yield m, {}
+        for p in m.params:
+            others = p.choices or ((True, False) if p.type is bool else ())
+            yield from ((m, {p.name: value}) for value in others if value != p.default)
+    yield from ((methods()[name], params) for name, params in MORE)
+
+
+def shown(value):
+    return getattr(value, "name", None) or " ".join(f"{k}={v}" for k, v in value.items())
+
+
 @pytest.mark.parametrize("kind", ["matrix", "convolution"])
-@pytest.mark.parametrize("m", WHOLE, ids=lambda m: m.name)
-def test_memory(m, kind, monkeypatch):
+@pytest.mark.parametrize(("m", "params"), list(settings()), ids=shown)
+def test_memory(m, params, kind, monkeypatch):
     for module in [v for k, v in sys.modules.items() if k.startswith("plymix.methods")]:
         for name, small in SMALL.items():
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, small)
-    if m.room > 4:  # slow ones
+    if m.room > 5:  # slow ones
         shape = (320, 256) if kind == "matrix" else (96, 64, 3, 3)
     else:
         shape = (768, 512) if kind == "matrix" else (256, 192, 3, 3)
     for count in counts(m):
-        taken = memory(m, inputs(m, count, shape))
+        taken = memory(m, inputs(m, count, shape), params)
         assert taken <= m.room + SLACK
 
 
@@ -62,15 +97,17 @@ def inputs(m, count, shape):
     return xs
 
 
-def memory(m, xs):
+def memory(m, xs, params):
     """Bytes alive at a time at most while `m` works on `xs`, as multiples of a tensor."""
-    given = {}
+    given = {**params}
     if "key" in m.given:
         given["key"] = "to_q.weight"
     if "rng" in m.given:
         given["rng"] = lambda model: np.random.Generator(np.random.Philox(key=[7, model]))
     if "state" in m.given:
-        given["state"] = m.prepare(Keys({"to_q.weight": tuple(xs), "to_k.weight": tuple(xs)}))
+        given["state"] = m.prepare(
+            Keys({"to_q.weight": tuple(xs), "to_k.weight": tuple(xs)}), **params
+        )
     there = [x for x in xs if x is not None]
     with np.errstate(all="ignore"):
         m.function(*(None if x is None else x[:8, :8] for x in xs), **given)  # what is kept for all

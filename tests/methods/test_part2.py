@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from plymix.errors import Refusal
 from plymix.methods import arrays, matrix, permutation, selection, tuning
-from plymix.methods.selection import bernoulli, by_rank, kth_largest, top_mask
+from plymix.methods.selection import Drawn, by_rank, by_rank_of_all, kth_largest, top_mask
 from plymix.methods.task import breadcrumbs, centre, changes, dare, della, ties
 from plymix.registry import Method, _read, methods
 
@@ -128,13 +128,39 @@ def test_row_ranks():
     assert np.array_equal(np.asarray(by_rank(to_torch(ranks), to_torch(x))), expected)
 
 
+@pytest.mark.parametrize("kind", ["normal", "few", "equal", "sorted", "far"])
+def test_ranks_of_a_whole_tensor(kind):
+    n = 200_004
+    x = {
+        "normal": np.abs(np.random.default_rng(1).standard_normal(n)).astype(np.float32),
+        "few": scores_with_few_values(n),
+        "equal": np.full(n, 0.5, np.float32),
+        "sorted": np.linspace(0, 1, n, dtype=np.float32) ** 9,
+        "far": np.append(np.zeros(n - 3), [1e-45, np.inf, np.inf]).astype(np.float32),
+    }[kind]
+    expected = np.empty(n)
+    expected[np.argsort(x, kind="stable")] = np.arange(n)
+    for scores in (x.copy(), to_torch(x), x.reshape(6, -1).copy()):
+        found = by_rank_of_all(lambda r: r * 0.5, scores)
+        assert found.shape == scores.shape
+        assert np.array_equal(np.asarray(found).ravel() * 2, expected)
+
+
+def bernoulli(rng, x, p):
+    """The mask of a `Drawn`, made in its pieces."""
+    flat = x.reshape(-1)
+    cuts, pieces = Drawn(rng, flat.shape[0], p).masks(), range(0, flat.shape[0], arrays.BLOCK)
+    found = [np.asarray(cuts(flat[i : i + arrays.BLOCK])) for i in pieces]
+    return np.concatenate(found).reshape(x.shape)
+
+
 @pytest.mark.parametrize("p", [0.0, 1e-5, 0.1, 0.3, 0.5, 0.9, 1.0])
 def test_bernoulli(p):
     x = np.empty(400_001, np.float32)
     mask = bernoulli(lambda: rng_of()(1), x, p)
     spread = math.sqrt(p * (1 - p) / x.size)
     assert abs(mask.mean() - p) <= 5 * spread
-    assert np.array_equal(np.asarray(bernoulli(lambda: rng_of()(1), to_torch(x), p)), mask)
+    assert np.array_equal(bernoulli(lambda: rng_of()(1), to_torch(x), p), mask)
 
 
 def test_bernoulli_of_less_than_an_8_bit_step():
@@ -581,6 +607,28 @@ def test_ties_dare(core):
         d = ref_median(list(f))
     result = centre.ties_dare(base, *models, rng=rng_of(), keep=0.7, density=0.4, core=core)
     np.testing.assert_allclose(result, base + d / 0.7, atol=1e-6)
+
+
+def test_ties_dare_that_thins_nothing_is_ties_count():
+    base, *models = (np.round(normal(3, 50, seed=s) * 8) / 8 for s in range(4))
+    for options in ({"density": 0.4}, {"density": 0.4, "trim": "exact"}, {"density": 1.0}):
+        expected = ties.ties_count(base, *models, **options)
+        found = centre.ties_dare(base, *models, rng=rng_of(), keep=1.0, **options)
+        assert np.array_equal(found, expected)
+    nothing = {"density": 0.0, "trim": "exact"}
+    assert np.array_equal(centre.ties_dare(base, *models, rng=rng_of(), **nothing), base)
+    assert np.array_equal(ties.ties(base, *models, density=0.0), base)
+
+
+def test_model_stock_by_lines_of_a_large_tensor():
+    base, a, b = (normal(300, 40, 5, 3, seed=s) for s in range(3))
+    lines = [x.reshape(-1, 3).astype(float) for x in (base, a, b)]
+    expected = [
+        x0 + ref_stock([x - x0, y - x0], True) * ((x + y) / 2 - x0)
+        for x0, x, y in zip(*lines, strict=True)
+    ]
+    found = centre.model_stock(base, a, b, filter_wise=True)
+    np.testing.assert_allclose(found.reshape(-1, 3), expected, atol=2e-5)
 
 
 # -- matrices -------------------------------------------------------------------------------------

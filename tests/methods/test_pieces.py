@@ -39,6 +39,10 @@ def test_uniform_is_what_the_generator_gives(n):
         ("dropout", {}),
         ("dropout", {"overlap": 0.5}),
         ("ties_dare", {}),
+        ("ties_dare", {"epsilon": 0.3, "trim": "exact"}),
+        ("della", {"ranks": "tensor"}),
+        ("della_linear", {"ranks": "tensor", "rescale": "l1"}),
+        ("model_stock", {"filter_wise": True}),
     ],
     ids=str,
 )
@@ -49,10 +53,11 @@ def test_size_of_pieces_does_not_matter(name, params, shape, monkeypatch):
     given = {"rng": rng} if m.random else {}
     whole = m.function(*xs, **given, **params)
     for module in [v for k, v in sys.modules.items() if k.startswith("plymix.methods")]:
-        if hasattr(module, "BLOCK"):
-            monkeypatch.setattr(module, "BLOCK", 1 << 8)
+        for number, small in (("BLOCK", 1 << 8), ("SAMPLE", 1 << 7)):
+            if hasattr(module, number):
+                monkeypatch.setattr(module, number, small)
     cut = m.function(*xs, **given, **params)
-    if name == "sce":  # its shares are sums, whose last bits depend on the pieces
+    if name == "sce" or "l1" in params.values():  # sums, whose last bits depend on the pieces
         np.testing.assert_allclose(cut, whole, rtol=1e-5, atol=1e-5)
     else:
         assert np.array_equal(cut, whole)

@@ -109,8 +109,9 @@ def nuslerp(
         if math.sin(w) >= FLAT:
             p, q = (math.sin(share * w) / math.sin(w) for share in (p, q))
         return _around(base, (p, q), (a, b))
-    u, v = (a, b) if base is None else (a - base, b - base)
-    xp = namespace(a)
+    xp, view = namespace(a), as_rows if axis == "first" else as_lines
+    x, y = view(a), view(b)
+    given = [] if base is None else [view(base)]
 
     def shares(xx: Array, xy: Array, yy: Array) -> tuple[Array, Array]:
         lengths = clip(xp.sqrt(xx), 1e-7) * clip(xp.sqrt(yy), 1e-7)
@@ -121,17 +122,17 @@ def nuslerp(
         q = xp.where(flat, alpha, xp.sin(alpha * w) / sine)
         return xp.astype(p, a.dtype), xp.astype(q, a.dtype)
 
-    def turn(x: Array, y: Array, p: Array, q: Array) -> Array:
-        return x * p + y * q
+    of_columns = shares(*column_products(x, y, *given)) if axis == "first" else None
 
-    if axis == "first":
-        x, y = as_rows(u), as_rows(v)
-        moved = rowwise(turn, x, y, *shares(*column_products(x, y)))
-    else:
-        x, y = as_lines(u), as_lines(v)
-        moved = rowwise(lambda x, y: turn(x, y, *shares(*row_products(x, y))), x, y)
-    moved = xp.reshape(moved, a.shape)
-    return moved if base is None else moved + base
+    def turn(x: Array, y: Array, *base: Array) -> Array:
+        if base:
+            x, y = x - base[0], y - base[0]
+        p, q = of_columns or shares(*row_products(x, y))
+        moved = x * p
+        moved += y * q
+        return moved + base[0] if base else moved
+
+    return xp.reshape(rowwise(turn, x, y, *given), a.shape)
 
 
 @method("tensor")

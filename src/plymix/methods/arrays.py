@@ -200,15 +200,18 @@ def copy_of(x: Array) -> Array:
     return blockwise(lambda v: v + 0.0, x)
 
 
-def lerp(a: Array, b: Array, t: float) -> Array:
-    """`a + t (b - a)`: exactly `a` at 0, exactly `b` at 1, and exactly `a` wherever a = b."""
+def lerp(a: Array, b: Array, t: float, *, out: Array | None = None) -> Array:
+    """`a + t (b - a)`: exactly `a` at 0, exactly `b` at 1, and exactly `a` wherever a = b.
+
+    `out` (such as `a`) may be overwritten.
+    """
     if t == 0:
         return a
     if t == 1:
         return b
     if t < 0.5:
-        return blockwise(lambda x, y: x + (y - x) * t, a, b)
-    return blockwise(lambda x, y: y - (y - x) * (1 - t), a, b)
+        return blockwise(lambda x, y: x + (y - x) * t, a, b, out=out)
+    return blockwise(lambda x, y: y - (y - x) * (1 - t), a, b, out=out)
 
 
 def mix(a: Array, b: Array, t: Array) -> Array:
@@ -373,14 +376,17 @@ def row_products(x: Array, y: Array) -> tuple[Array, Array, Array]:
     return xx, xy, yy
 
 
-def column_products(x: Array, y: Array) -> tuple[Array, Array, Array]:
-    """As `row_products` of each column, as rows."""
+def column_products(x: Array, y: Array, base: Array | None = None) -> tuple[Array, Array, Array]:
+    """As `row_products` of each column, as rows; of the differences from `base` if there is one."""
     xp = namespace(x, y)
     rows, columns = x.shape
     step = max(1, (BLOCK if is_numpy_array(x) else 1 << 24) // columns)
     total: Any = 0.0
     for i in range(0, rows, step):
-        p, q = (xp.astype(v[i : i + step, :], xp.float64) for v in (x, y))
+        pair = (v[i : i + step, :] for v in (x, y))
+        if base is not None:
+            pair = (v - base[i : i + step, :] for v in pair)
+        p, q = (xp.astype(v, xp.float64) for v in pair)
         pairs = ((p, p), (p, q), (q, q))
         total = total + xp.stack([xp.sum(p * q, axis=0, keepdims=True) for p, q in pairs])
     xx, xy, yy = xp.unstack(total)

@@ -128,7 +128,7 @@ def _rotated(x: Array, w: Array, q: Array) -> Array:
 # -- rotations ------------------------------------------------------------------------------------
 
 
-@method("tensor", room=19)
+@method("tensor", room=34)
 def rotate(
     a: Array,
     b: Array,
@@ -272,7 +272,7 @@ def _leading(x: Array, rank: int, rng: Rng, iterations: int) -> tuple[Array, Arr
     return u[:, :rank], s[:rank], vh[:rank, :]
 
 
-@method("tensor", delta=True, room=7)
+@method("tensor", delta=True, room=10)
 def truncate_rank(
     delta: Array,
     *,
@@ -305,7 +305,7 @@ def truncate_rank(
     return _back((u * s) @ vh, delta)
 
 
-@method("tensor", delta=True, room=8)
+@method("tensor", delta=True, room=11)
 def truncate_kronecker(
     delta: Array,
     *,

@@ -27,13 +27,8 @@ def mask_where(test: Callable[..., Array], *arrays: Array) -> Array:
     return blockwise(test, *arrays, dtype=np.bool_)
 
 
-def bernoulli(rng: Callable[[], np.random.Generator], x: Array, p: float) -> Array:
-    """True with probability `p` for each element of `x`: a mask of its shape (see `Drawn`)."""
-    xp, mask = namespace(x), np.empty(numel(x), np.bool_)
-    drawn = Drawn(rng, mask.shape[0], p).masks()
-    for i in range(0, mask.shape[0], BLOCK):
-        mask[i : i + BLOCK] = drawn(mask[i : i + BLOCK])
-    return xp.reshape(xp.asarray(mask, device=device(x)), x.shape)
+GROUPS = 32
+"""Of how many groups of about one size a large tensor is sorted one by one."""
 
 
 def top_mask(
@@ -65,22 +60,22 @@ class Lazy(ABC):
         """A function that gives the mask of each piece of the scores, called in their order."""
 
 
-def packed_top_mask(k: int, scores: Array) -> Array | Packed:
-    """`top_mask` of scores that are at hand, in a bit per element for numpy's."""
-    if not is_numpy_array(scores):
-        return top_mask(k, lambda s: s, scores)
+def packed_top_mask(k: int, scores: Array, *, with_equals: bool = False) -> Array | Lazy:
+    """`top_mask` of scores that are at hand, but for those that are 0."""
     if k <= 0:
-        return packed(lambda s: np.zeros_like(s, np.bool_), scores)
-    return packed(largest(k, lambda s: s, scores).masks(), scores)
+        return NOTHING
+    masks = largest(k, lambda s: s, scores, with_equals=with_equals).masks()
+    return packed(lambda s: masks(s) & (s != 0), scores)
 
 
-def packed(mask: Callable[..., Any], *arrays: Any) -> Packed:
-    """`mask(*arrays)` in a bit per element. `mask` works element by element on numpy's arrays."""
-    flat = [flatten(x) for x in arrays]
-    bits = np.empty(-(-flat[0].shape[0] // 8), np.uint8)
-    for i in range(0, flat[0].shape[0], BLOCK):
-        found = mask(*(x[i : i + BLOCK] for x in flat))
-        bits[i // 8 : (i + BLOCK) // 8] = np.packbits(found)
+def packed(mask: Callable[[Array], Array], x: Array) -> Array | Packed:
+    """`mask(x)`, of numpy's arrays in a bit per element. `mask` is called for pieces in order."""
+    if not is_numpy_array(x):
+        return mask(x)
+    flat = flatten(x)
+    bits = np.empty(-(-flat.shape[0] // 8), np.uint8)
+    for i in range(0, flat.shape[0], BLOCK):
+        bits[i // 8 : (i + BLOCK) // 8] = np.packbits(mask(flat[i : i + BLOCK]))
     return Packed(bits)
 
 
@@ -106,6 +101,10 @@ class Largest(Lazy):
             return kept
 
         return mask
+
+
+NOTHING = Largest(math.inf, 0)
+"""Keeps no element."""
 
 
 @dataclass(frozen=True)
@@ -318,6 +317,61 @@ def by_rank(values: Array, x: Array) -> Array:
     found = np.empty(x.size, values.dtype)
     found[keys.reshape(-1)] = np.broadcast_to(values, x.shape).reshape(-1)
     return found.reshape(x.shape)
+
+
+def by_rank_of_all(values: Callable[[Array], Array], x: Array) -> Array:
+    """`values(r)`, numbers >= 0, r the rank 0..n-1 of an element in the whole of `x` >= 0, in its
+    dtype. Of equals the earlier is lower. `x` may be overwritten with the result.
+
+    Of a large array what lies between neighbours of a sample is sorted at a time, as keys for all
+    would take twice its memory; what is done has a minus until the end.
+    """
+    xp, flat, n = namespace(x), flatten(x), numel(x)
+    if not is_numpy_array(x) or x.dtype != np.float32 or n < 8 * SAMPLE:
+        r = xp.arange(n, dtype=x.dtype, device=device(x))
+        return xp.reshape(by_rank(values(r), xp.reshape(x, (1, -1))), x.shape)
+    done = 0
+
+    def put(order: Any) -> None:
+        nonlocal done
+        for i in range(0, order.shape[0], BLOCK):
+            at = order[i : i + BLOCK]
+            flat[at] = -values(np.arange(done, done + at.shape[0]).astype(np.float32))
+            done += at.shape[0]
+
+    sample = _sample(lambda s: s, [flat])
+    cuts = [*sample[:: sample.shape[0] // GROUPS].tolist(), math.inf]
+    low = -1.0
+    for high in sorted({*cuts}):
+        common = cuts.count(high) > 1  # too many to sort, and in order as they are
+        put(_order_between(low, high, flat, np.less if common else np.less_equal))
+        if common:
+            for i in range(0, n, BLOCK):
+                put(np.flatnonzero(flat[i : i + BLOCK] == high) + i)
+        low = high
+    return blockwise(lambda s: -s, x, out=x)
+
+
+def _order_between(low: float, high: float, x: Any, below: Callable[[Any, float], Any]) -> Any:
+    """Indices of the elements of a flat `x` above `low` and `below` `high`, in their stable order;
+    by keys as in `by_rank`."""
+    found = []
+    for i in range(0, x.shape[0], BLOCK):
+        mask = below(x[i : i + BLOCK], high)
+        mask &= x[i : i + BLOCK] > low
+        found.append(np.flatnonzero(mask).astype(np.uint32))
+    keys = np.empty(sum(map(len, found)), np.int64)
+    done = 0
+    for i, at in enumerate(found):
+        part = keys[done : done + at.shape[0]]
+        part[:] = x[i * BLOCK :][at].view(np.int32)
+        part <<= 32
+        part |= at
+        part += i * BLOCK
+        done += at.shape[0]
+    keys.sort()
+    keys &= 0xFFFFFFFF
+    return keys
 
 
 def as_matrix(x: Array) -> Array:

@@ -135,8 +135,8 @@ def deturbo(
     s = _ratio(b, c, upper)
     gain, part = 1 - alpha + alpha / s, alpha / s
     r = blockwise(lambda x, y, z: x * gain + (z * alpha - y * part), a, b, c)
-    r = lerp(r, c, damping)
-    return match_spread(r, c) if match else r
+    r = lerp(r, c, damping, out=r)
+    return match_spread(r, c, out=r) if match else r
 
 
 # -- adjustments after a merge --------------------------------------------------------------------

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from plymix.methods import Array, model_weights
 from plymix.methods.arrays import numel
-from plymix.methods.selection import Largest, Lazy, Without, each_kth_largest, top_mask
+from plymix.methods.selection import NOTHING, Largest, Lazy, Without, each_kth_largest
 from plymix.methods.task.ties import merge_agreeing
 from plymix.methods.task.vectors import distance, merge
 from plymix.registry import Share, method
@@ -14,7 +14,7 @@ from plymix.registry import Share, method
 
 def _crumbs(
     base: Array, models: Sequence[Array], density: float, gamma: float
-) -> list[Array | None]:
+) -> list[Lazy | None]:
     """Masks without the largest int(gamma N) and without the smallest elements of each |d|."""
     n = numel(base)
     kept, top = int(density * n), int(gamma * n)
@@ -24,11 +24,11 @@ def _crumbs(
     return [_between(kept + top, top, base, x) for x in models]
 
 
-def _between(k: int, top: int, base: Array, x: Array) -> Array | Lazy:
+def _between(k: int, top: int, base: Array, x: Array) -> Lazy:
     """What keeps the `k` largest |d| but for the `top` largest."""
     n = numel(base)
     if k == 0:
-        return top_mask(0, distance, base, x)
+        return NOTHING
     ks = [i for i in (k, top) if 0 < i < n]
     cuts = zip(ks, each_kth_largest(ks, distance, base, x), strict=True)
     found = [Largest(cut, i - larger) for i, (cut, larger) in cuts]

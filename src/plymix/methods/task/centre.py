@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from array_api_compat import is_numpy_array
 
 from plymix.methods import Array
-from plymix.methods.arrays import Rng, add_up, blockwise, clip, copy_of, namespace
-from plymix.methods.selection import Lazy, packed
+from plymix.methods.arrays import (
+    Rng,
+    add_up,
+    as_lines,
+    blockwise,
+    clip,
+    copy_of,
+    namespace,
+    rowwise,
+)
 from plymix.methods.task.dare import drop_masks
 from plymix.methods.task.della import mag_prune
 from plymix.methods.task.ties import Rule, trimmed
@@ -64,9 +71,15 @@ def model_stock(
         t = float(_stock_share(products(base, models), clamp_t))
         return merge(base, models, [1 / n] * n, t)
     xp = namespace(base)
-    ds = [x - base for x in models]
-    lines = [[xp.sum(d * e, axis=-1, keepdims=True) for e in ds[: i + 1]] for i, d in enumerate(ds)]
-    return base + _stock_share(lines, clamp_t) * (add_up(ds) / n)
+
+    def piece(x0: Array, *xs: Array) -> Array:
+        ds = [x - x0 for x in xs]
+        dots = [
+            [xp.sum(d * e, axis=-1, keepdims=True) for e in ds[: i + 1]] for i, d in enumerate(ds)
+        ]
+        return x0 + _stock_share(dots, clamp_t) * (add_up(ds) / n)
+
+    return xp.reshape(rowwise(piece, *map(as_lines, (base, *models))), base.shape)
 
 
 EPSILON, ITERATIONS, TOLERANCE = 1e-6, 100, 1e-20
@@ -240,20 +253,10 @@ def ties_dare(
     """
     if keep == 0:
         return copy_of(base)
+    thinned: Gains
     if epsilon > 0:
-        thinned: Iterable[Array | None]
         thinned, _ = mag_prune(base, models, keep, epsilon, "tensor", "none", rng)
     else:
         thinned = drop_masks(base, models, keep, rng)
-    gains = [
-        _both(mask, *trimmed(base, [x], density, trim, [mask]))
-        for x, mask in zip(models, thinned, strict=True)
-    ]
+    gains = trimmed(base, models, density, trim, thinned)
     return _centred(base, models, scale / keep if rescale else scale, gains, vote, core, clamp_t)
-
-
-def _both(a: Array | None, b: Array | None) -> Array | Lazy | None:
-    """What keeps what both masks keep."""
-    if a is None or b is None:
-        return a if b is None else b
-    return packed(np.logical_and, a, b) if is_numpy_array(a) else a & b

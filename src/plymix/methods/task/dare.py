@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -22,7 +22,7 @@ from plymix.methods.arrays import (
     namespace,
     numel,
 )
-from plymix.methods.selection import Drawn, Lazy, Packed, bernoulli
+from plymix.methods.selection import Drawn, Lazy, Packed
 from plymix.methods.task.ties import merge_agreeing
 from plymix.methods.task.vectors import as_float, distance, merge
 from plymix.registry import Range, Share, method
@@ -30,10 +30,13 @@ from plymix.registry import Range, Share, method
 
 def drop_masks(
     base: Array, models: Sequence[Array], density: float, rng: Rng
-) -> Iterator[Array | None]:
+) -> list[Drawn | None]:
     """For each model a mask that keeps an element with probability `density`; None keeps all."""
-    for i in range(1, len(models) + 1):
-        yield bernoulli(partial(rng, i), base, density) if density < 1 else None
+    n = numel(base)
+    return [
+        Drawn(partial(rng, i), n, density) if density < 1 else None
+        for i in range(1, len(models) + 1)
+    ]
 
 
 def make_up(
@@ -53,11 +56,7 @@ def _dare(
     base: Array, models: Sequence[Array], density: float, rescale: str, rng: Rng
 ) -> tuple[list[Drawn | None], list[float]]:
     """The masks of DARE and the factors."""
-    n = numel(base)
-    gains = [
-        Drawn(partial(rng, i), n, density) if density < 1 else None
-        for i in range(1, len(models) + 1)
-    ]
+    gains = drop_masks(base, models, density, rng)
     return gains, [
         make_up(base, x, g, rescale, density) for x, g in zip(models, gains, strict=True)
     ]
@@ -170,7 +169,7 @@ def dropout(
         return copy_of(base)
     gains: Sequence[Lazy | None]
     if overlap % 2 == 1:
-        gains, _ = _dare(base, models, 1 - drop, "none", rng)
+        gains = drop_masks(base, models, 1 - drop, rng)
     elif n > 16:
         raise Refusal(f"dropout: overlap {overlap:g} of {n} models; 16 at most, or overlap 1")
     else:

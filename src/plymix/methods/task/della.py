@@ -14,7 +14,7 @@ from array_api_compat import device
 from plymix.errors import Refusal
 from plymix.methods import Array, model_weights
 from plymix.methods.arrays import Rng, blockwise, clip, flatten, namespace, numel, uniform
-from plymix.methods.selection import Lazy, by_rank
+from plymix.methods.selection import Lazy, by_rank, by_rank_of_all, packed
 from plymix.methods.task.dare import make_up
 from plymix.methods.task.ties import merge_agreeing
 from plymix.methods.task.vectors import as_float, distance, merge
@@ -65,15 +65,26 @@ class Ranked(Lazy):
 
 
 def _ranked_tensor(
-    generator: np.random.Generator, size: Array, density: float, epsilon: float, keep: bool
-) -> Array:
+    generator: np.random.Generator,
+    base: Array,
+    x: Array,
+    density: float,
+    epsilon: float,
+    keep: bool,
+) -> Array | Lazy:
     """MagPrune by rank in the whole tensor, as `Ranked`."""
-    xp, n = namespace(size), numel(size)
-    r = xp.arange(n, dtype=size.dtype, device=device(size))
-    p = clip(density + epsilon * ((r + 1) / n - (n + 1) / (2 * n)), 0, 1)
-    p = xp.reshape(by_rank(p, xp.reshape(size, (1, -1))), size.shape)
-    mask = uniform(generator, size) < p
-    return as_float(mask, size) / clip(p, 1e-12) if keep else mask
+    n = numel(base)
+
+    def chances(r: Array) -> Array:
+        return clip(density + epsilon * ((r + 1) / n - (n + 1) / (2 * n)), 0, 1)
+
+    def mask(p: Array) -> Array:
+        return uniform(generator, p) < p
+
+    p = by_rank_of_all(chances, blockwise(distance, base, x))
+    if not keep:
+        return packed(mask, p)
+    return blockwise(lambda p: as_float(mask(p), p) / clip(p, 1e-12), p, grain=2, out=p)
 
 
 def mag_prune(
@@ -99,14 +110,14 @@ def mag_prune(
             m = numel(base) // (base.shape[0] if base.ndim > 1 else 1)
             gains.append(Ranked(partial(rng, i), m, density, epsilon, rescale == "keep"))
         else:
-            size = blockwise(distance, base, x)
-            gains.append(_ranked_tensor(rng(i), size, density, epsilon, rescale == "keep"))
+            keep = rescale == "keep"
+            gains.append(_ranked_tensor(rng(i), base, x, density, epsilon, keep))
     return gains, [
         make_up(base, x, g, rescale, density) for x, g in zip(models, gains, strict=True)
     ]
 
 
-@method("tensor")
+@method("tensor", room=5)
 def della(
     base: Array,
     *models: Array,
@@ -129,7 +140,8 @@ def della(
     spread of p; density +- epsilon must lie inside 0..1. A convolution's rows are its output
     channels, a vector is one row, a row of one element has r / (m - 1) = 1/2.
     ranks: `tensor` ranks over all N elements with r = 1..N and
-    p = clamp(density + epsilon (r/N - (N+1)/(2N)), 0, 1), sd-mecha's `della_eps`.
+    p = clamp(density + epsilon (r/N - (N+1)/(2N)), 0, 1), sd-mecha's `della_eps`; with `keep` each
+    model after the second then takes two tensors of memory.
     rescale: `keep` divides each survivor by its p, so that the expected result is d_i (the paper);
     `density` divides by density; `l1` restores each tensor's sum of |d_i| (mergekit); `none`.
     mergekit ranks the last axis of a convolution's kernel instead of whole rows.
@@ -140,7 +152,7 @@ def della(
     return merge_agreeing(base, models, ws, scale, normalize, gains, factors)
 
 
-@method("tensor")
+@method("tensor", room=5)
 def della_linear(
     base: Array,
     *models: Array,

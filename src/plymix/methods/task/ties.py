@@ -7,8 +7,8 @@ from typing import Literal
 
 from plymix.methods import Array, model_weights
 from plymix.methods.arrays import numel
-from plymix.methods.selection import largest, top_mask
-from plymix.methods.task.vectors import Divide, Gains, distance, merge
+from plymix.methods.selection import NOTHING, Lazy, largest, packed_top_mask
+from plymix.methods.task.vectors import Divide, Gains, distance, kept_distances, merge
 from plymix.registry import Share, method
 
 Rule = Literal["threshold", "exact"]
@@ -16,23 +16,37 @@ Rule = Literal["threshold", "exact"]
 
 
 def trimmed(
-    base: Array, models: Sequence[Array], density: float, rule: Rule = "exact", gains: Gains = ()
-) -> list[Array | None]:
-    """For each model what keeps its largest |d|; None keeps everything. The rules are in `ties`."""
-    n = numel(base)
+    base: Array,
+    models: Sequence[Array],
+    density: float,
+    rule: Rule = "exact",
+    thinned: Sequence[Array | Lazy | None] = (),
+) -> list[Array | Lazy | None]:
+    """For each model what keeps its largest |d|; None keeps everything. The rules are in `ties`.
+
+    `thinned` are masks that keep some elements only; the others count as 0.
+    """
+    n, thinned = numel(base), thinned or [None] * len(models)
     if rule == "exact":
         k = max(int(density * n), 1) if density > 0 else 0
     else:
         k = n - max(int((1 - density) * n), 1) + 1
     if k >= n:
-        return [None] * len(models)
-    if k > 0 and not gains:
-        return [largest(k, distance, base, x, with_equals=rule == "threshold") for x in models]
-    scored = [
-        (base, x) if g is None else (base, x, g)
-        for x, g in zip(models, gains or [None] * len(models), strict=True)
+        return [*thinned]
+    return [
+        _top(k, base, x, mask, rule == "threshold") for x, mask in zip(models, thinned, strict=True)
     ]
-    return [top_mask(k, distance, *xs, with_equals=rule == "threshold") for xs in scored]
+
+
+def _top(
+    k: int, base: Array, x: Array, mask: Array | Lazy | None, with_equals: bool
+) -> Array | Lazy:
+    """What keeps the `k` largest |d| of those that the mask keeps."""
+    if k == 0:
+        return NOTHING
+    if mask is None:
+        return largest(k, distance, base, x, with_equals=with_equals)
+    return packed_top_mask(k, kept_distances(base, x, mask), with_equals=with_equals)
 
 
 def merge_agreeing(

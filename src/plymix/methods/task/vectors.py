@@ -118,7 +118,9 @@ def merge(
         d += x0
         return d
 
-    return blockwise(piece, base, *models, *_given(gains), grain=_grain(gains))
+    given = _given(gains)
+    own = [g for g in given if g.dtype == base.dtype]  # made for this sum: has room for the result
+    return blockwise(piece, base, *models, *given, grain=_grain(gains), out=own[0] if own else None)
 
 
 def _divisor(there: Sequence[Array], weights: Sequence[float], floor: float, like: Array) -> Array:
@@ -132,10 +134,17 @@ def _divisor(there: Sequence[Array], weights: Sequence[float], floor: float, lik
     return clip(total, floor) if floor else total + as_float(total == 0, like)
 
 
-def distance(x0: Array, x: Array, *gain: Array) -> Array:
-    """|d| of one model, after its gain if it has one: the score that trimming ranks by."""
-    d = magnitude(x - x0)
-    return d * as_float(gain[0], d) if gain else d
+def distance(x0: Array, x: Array) -> Array:
+    """|d| of one model: the score that trimming ranks by."""
+    return magnitude(x - x0)
+
+
+def kept_distances(base: Array, x: Array, gain: Array | Lazy) -> Array:
+    """`distance` of all elements of one model, after its gain."""
+    read = _reader([gain])
+    return blockwise(
+        lambda *xs: magnitude(read(*xs)[0]), base, x, *_given([gain]), grain=_grain([gain])
+    )
 
 
 def products(base: Array, models: Sequence[Array], gains: Gains = (), vote: Vote = "") -> Any:
