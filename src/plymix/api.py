@@ -160,11 +160,11 @@ def two_models(
             f" {os.fspath(text_encoder)} takes whole; keep one of them"
         )
     _drawn(rounding, seed)
-    models = {"a": os.fspath(a), "b": os.fspath(b)}
+    models = {"a": urls.given(a, "a"), "b": urls.given(b, "b")}
     step: dict[str, Any] = {"method": method, "a": "a", "b": "b"}
     _takes_these(get_method(method), c is not None)
     if c is not None:
-        models["c"] = os.fspath(c)
+        models["c"] = urls.given(c, "c")
         step["c"] = "c"
     step["alpha"] = with_base(alpha, base, own_presets(presets))
     if unet and _by_block(step["alpha"]):
@@ -173,12 +173,12 @@ def two_models(
             " takes whole; keep one of them (--base 0.3 alone is the text encoder's share)"
         )
     parts = {"text_encoder": text_encoder, "text_encoder_2": text_encoder_2, "unet": unet}
-    named = {part: os.fspath(p) for part, p in {"vae": vae, **parts}.items()}
+    named = {part: urls.given(p, part) for part, p in {"vae": vae, **parts}.items()}
     letters = {part: p.lower() for part, p in named.items() if p.lower() in (*models, BLEND)}
     named |= letters | ({"vae": ""} if letters.get("vae") == "a" else {})
     output = {
         "from": "merge",
-        "dtype": dtype if isinstance(dtype, str) else dict(dtype),
+        "dtype": dict(dtype) if isinstance(dtype, Mapping) else dtype,
         "rounding": rounding,
         "seed": seed,
         "layout": layout,
@@ -186,7 +186,7 @@ def two_models(
         **named,
         "ema": ema,
         "union": union,
-        "arch": os.fspath(arch),
+        "arch": urls.given(arch, "arch"),
         "block_view": block_view,
         "allow_mixed_prediction": allow_mixed_prediction,
     }
@@ -230,7 +230,7 @@ def _takes_these(method: Method, three: bool) -> None:
 
 def own_presets(file: PathLike) -> Mapping[str, Sequence[float]]:
     """The presets of a user's file; none for no file."""
-    return weights.load_preset_file(os.fspath(file)) if file else {}
+    return weights.load_preset_file(urls.given(file, "presets")) if file else {}
 
 
 def with_own_presets(recipe: Recipe, own: Mapping[str, Sequence[float]]) -> Recipe:
@@ -258,7 +258,6 @@ def with_base(
     value = weights.to_json(setting)
     if base is None:
         return value
-    weights.from_toml(base, field="--base")
     if isinstance(value, dict):
         if value.get("base", base) != base:
             raise Refusal(f"BASE is said twice: {value['base']} in alpha and {base} by --base")
@@ -343,7 +342,7 @@ def convert(
     `merge` does.
     """
     path = output_path("", out)
-    ready(path, force, (file,))
+    ready(path, force, (urls.given(file, "file"),))
     said: dict[str, Any] = {"layout": layout, "dtype": dtype, "rounding": rounding}
     with conversion(file, path, arch, seed=seed, shard=shard, **said) as plan:
         return run(plan, path, threads=threads, configs=configs, progress=progress)
@@ -367,7 +366,7 @@ def of_one(file: PathLike, name: str, **output: Any) -> Recipe:
     """The recipe of one model, called `name`, without steps. Raises Refusal."""
     if isinstance(output.get("dtype"), Mapping):
         output["dtype"] = dict(output["dtype"])
-    return recipes.from_dict({"models": {name: os.fspath(file)}, "output": output})
+    return recipes.from_dict({"models": {name: urls.given(file, "file")}, "output": output})
 
 
 def by_key(source: Source) -> str:
@@ -417,21 +416,38 @@ def _asked(
     a: PathLike | Recipe | Expression, b: PathLike | None, options: dict[str, Any]
 ) -> tuple[Recipe, Sequence[str], bool]:
     """The recipe of what `merge` and `explain` are given, folders of models, whether `strict`."""
-    folders: Sequence[str] = options.pop("models", ())
+    folders = _folders(options.pop("models", ()))
     strict: bool = options.pop("strict", False)
     if not isinstance(a, Recipe) and not _is_path(a):
-        a, options = cast("Expression", a).recipe(**options), {}
+        from plymix.expression import Expression
+
+        if not isinstance(a, Expression):
+            raise Refusal(
+                f"{a!r} is no model's file, Recipe or expression (plymix.model(...)), of which a"
+                " merge is made"
+            )
+        said = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in options.items()}
+        a, options = a.recipe(**said), {}
     if isinstance(a, Recipe):
         if b is not None or options:
             raise Refusal("a Recipe says it all: give no second model and no merge options with it")
         return a, folders, strict
     if b is None:
-        raise Refusal("a merge of files needs two of them; to run a recipe, pass a Recipe")
+        raise Refusal(
+            "a merge of files needs two of them; to run a recipe's file, give"
+            " plymix.recipe.load(pathlib.Path(...))"
+        )
     known = two_models.__kwdefaults__ or {}
     for name in options:
         if name not in known:
             raise unknown("option", name, [*known, "models", "strict"])
     return two_models(cast("PathLike", a), b, **options), folders, strict
+
+
+def _folders(said: object) -> tuple[str, ...]:
+    """The folders that `models` names: one or several. Raises Refusal."""
+    several = said if isinstance(said, Iterable) and not _is_path(said) else (said,)
+    return tuple(urls.given(folder, "models") for folder in several)
 
 
 def _is_path(value: object) -> bool:
@@ -442,7 +458,7 @@ def output_path(a: PathLike | Recipe | Expression, out: PathLike | None) -> Path
     file = out or (a.output.file if isinstance(a, Recipe) else "")
     if not file:
         raise Refusal("where to? name the output file (-o out.safetensors)")
-    return outputs.path_of(file)
+    return outputs.path_of(urls.given(file, "out"))
 
 
 def ready(path: Path, force: bool, inputs: Iterable[PathLike] = ()) -> None:
@@ -479,7 +495,7 @@ def on_device(device: str) -> None:
     if device != "cpu":
         from plymix import gpu
 
-        gpu.require(device)
+        gpu.require(str(device))
 
 
 def run(
@@ -500,8 +516,12 @@ def run(
     from plymix import engine
 
     on_device(device)
-    if threads < 0:
-        raise Refusal(f"threads = {threads} is less than 0; 0 means one per processor")
+    if type(threads) is not int or threads < 0:
+        raise Refusal(
+            f"threads = {threads!r} is not a whole number from 0 on; 0 means one per processor"
+        )
+    if progress is not None and not callable(progress):
+        raise Refusal(f"progress is {progress!r}, not a function to be called with a Progress")
     notes: list[str] = []
     tensors, layout = _laid_out(plan, path, metadata.build(plan), configs, notes)
     notes.extend(_replaced(plan, path, layout))
@@ -616,7 +636,7 @@ def small_files(given: PathLike, notes: list[str]) -> Callable[[Plan], Mapping[s
     def found(plan: Plan) -> Mapping[str, Content]:
         from plymix import folder
 
-        files = folder.configs(plan, os.fspath(given))
+        files = folder.configs(plan, urls.given(given or "", "configs"))
         notes.extend(folder.remarks(plan, files))
         return files
 

@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple, Union
 import msgspec
 import numpy as np
 
-from plymix import kernels, pairing
+from plymix import kernels, pairing, urls
 from plymix.archs import Architecture, Place, described, is_schedule
 from plymix.archs.dialects import absent, meant
 from plymix.engine import ProgressCallback
@@ -113,8 +113,9 @@ def diff(
     for files that share no tensor, Cancelled when `progress` returns False.
     """
     own = described(arch)
+    files = (urls.given(a, "a"), urls.given(b, "b"))
     with ExitStack() as stack:
-        sources = [stack.enter_context(open_model(path)) for path in (a, b)]
+        sources = [stack.enter_context(open_model(file)) for file in files]
         for source in sources:
             source.expect(source.tensors.values())
         return _difference(*_sides(sources[0], sources[1], own), threads, progress)

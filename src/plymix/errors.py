@@ -43,10 +43,10 @@ class Cancelled(Failure):
     exit_code = 130
 
 
-def unknown(what: str, name: str, known: Iterable[str], *, help: str = "") -> Refusal:
+def unknown(what: str, name: object, known: Iterable[str], *, help: str = "") -> Refusal:
     """A `Refusal` for a name that does not exist, with the nearest known names."""
     names = sorted(known)
-    near = nearest(name, names)
+    near = nearest(name, names) if isinstance(name, str) else []
     if near:
         hint = "did you mean " + " or ".join(near) + "?"
     elif len(names) <= 12:

@@ -29,6 +29,7 @@ from numbers import Real
 from typing import Any
 
 from plymix import recipe as recipes
+from plymix import urls
 from plymix.errors import Refusal, unknown
 from plymix.recipe import Model, Recipe
 from plymix.registry import Method, Param, get_method, methods
@@ -126,7 +127,7 @@ class Expression:
         `te_strength` is the text encoders' (default: `strength`). `blocks` are factors of both in
         each block: a preset of LoRA block weights ("IND"), a list, or numbers by block name.
         """
-        lora = file if isinstance(file, Expression) else File(os.fspath(file))
+        lora = file if isinstance(file, Expression) else File(urls.given(file, "file"))
         said: dict[str, Any] = {"strength": [strength]}
         said |= {} if te_strength is None else {"te_strength": [te_strength]}
         said |= {} if blocks is None else {"blocks": blocks}
@@ -281,7 +282,7 @@ def _order(wanted: Iterable[Expression]) -> list[Expression]:
 
 def model(file: str | os.PathLike[str]) -> Expression:
     """A model file as an expression. The file is not looked at yet."""
-    return File(os.fspath(file))
+    return File(urls.given(file, "file"))
 
 
 def merge_method(

@@ -94,7 +94,7 @@ def check(
     """
     if dtype is not None and dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
-    name, own = urls.name(path), archs.described(arch)
+    name, own = urls.name(urls.given(path, "path")), archs.described(arch)
     try:
         with open_model(path) as source:
             return _health(source, DTYPES[dtype] if dtype else "", own, progress)

@@ -51,8 +51,11 @@ class Session:
         self._found: dict[Model, Path] = {}  # those that the recipe knows the content of
         self._written: tuple[Path, tuple[int, int], Plan] | None = None
         self.changed: tuple[str, ...] = ()
+        whole = recipe.recipe() if isinstance(recipe, Expression) else recipe
+        if not isinstance(whole, Recipe):
+            raise Refusal(f"{recipe!r} is no Recipe or expression, of which a session is made")
         try:
-            self.plan = self._build(recipe.recipe() if isinstance(recipe, Expression) else recipe)
+            self.plan = self._build(whole)
         except BaseException:
             self.close()
             raise

@@ -16,10 +16,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
-from plymix import api, archs, metadata, pairing
+from plymix import api, archs, metadata, pairing, urls
 from plymix import plan as planning
 from plymix import recipe as recipes
 from plymix.archs import Architecture
+from plymix.errors import Refusal
 from plymix.formats import Source, open_model
 from plymix.plan import MAX_IDS, Plan
 from plymix.recipe import Recipe
@@ -143,7 +144,7 @@ def prune(
     with open_model(model) as source:
         recipe = _recipe(
             model,
-            drop=list(dict.fromkeys(("leftovers", *drop))),
+            drop=list(dict.fromkeys(("leftovers", *_names(drop)))),
             ema=ema,
             dtype=dtype,
             layout=layout,
@@ -173,7 +174,7 @@ def repair(
     Raises Refusal.
     """
     if out is not None:
-        api.ready(api.output_path("", out), force)
+        api.ready(api.output_path("", out), force, (urls.given(model, "model"),))
     with open_model(model) as source:
         broken = tuple(_broken(source, archs.described(arch)))
         if not broken:
@@ -187,8 +188,14 @@ def repair(
     return replace(made, repairs=broken)
 
 
+def _names(drop: str | Sequence[str]) -> Sequence[str]:
+    if not isinstance(drop, (str, Sequence)):
+        raise Refusal(f"drop is {drop!r}, not a list of names")
+    return (drop,) if isinstance(drop, str) else drop
+
+
 def _recipe(model: PathLike, **output: Any) -> Recipe:
-    return api.of_one(model, recipes.model_name(os.fspath(model), ()), **output)
+    return api.of_one(model, recipes.model_name(urls.given(model, "model"), ()), **output)
 
 
 def _made(
@@ -203,7 +210,7 @@ def _made(
 ) -> Upkeep:
     if out is not None or not dry_run:
         path = api.output_path(recipe, out)
-        api.ready(path, force)
+        api.ready(path, force, source.files)
     else:
         path = Path("result.safetensors")
     recipe = api.aimed(recipe, path)

@@ -24,6 +24,17 @@ _PLAIN_QUERY = frozenset({"download", "type", "format", "size", "fp", "revision"
 _private: dict[str, str] = {}
 
 
+def given(value: object, name: str) -> str:
+    """A path or an address that an argument called `name` has, as text. Raises Refusal for others.
+
+    Python says "expected str, bytes or os.PathLike object", and not of which argument.
+    """
+    found = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    if not isinstance(found, str):
+        raise Refusal(f"{name} is {value!r}, not a file's name: give a str or a pathlib.Path")
+    return found
+
+
 def is_url(file: str | os.PathLike[str]) -> bool:
     """Whether `file`, as text or as a path, is an address on the web."""
     return bool(_URL.match(os.fspath(file)))

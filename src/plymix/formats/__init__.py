@@ -70,7 +70,7 @@ def open_model(path: str | os.PathLike[str]) -> Source:
 
     Raises Refusal or FormatError, in well under 1 s where the web has no part in it.
     """
-    path = urls.path(path)
+    path = urls.path(urls.given(path, "path"))
     if urls.is_url(path):
         if path.name == "model_index.json":
             raise Refusal(

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from plymix import recipe as recipes
-from plymix import texts
+from plymix import texts, urls
 from plymix.errors import Refusal, unknown
 from plymix.importers import a1111, comfyui, mbw_gui, model_mixer, supermerger
 from plymix.importers.base import Imported, Record
@@ -61,7 +61,9 @@ def import_recipe(
     if kind is not None and kind not in READERS:
         raise unknown("kind of record", kind, READERS)
     files = models or {}
-    text = os.fspath(path_or_text)
+    if not isinstance(files, Mapping):
+        raise Refusal(f"models is {files!r}, not a table of names or hashes and files")
+    text = urls.given(path_or_text, "path_or_text")
     looks_like_text = isinstance(path_or_text, str) and (
         "\n" in text or text.lstrip().startswith("{") or model_mixer.PREFIX in text
     )
