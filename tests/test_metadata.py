@@ -141,9 +141,48 @@ def test_whole_paths_in_foreign_records_lose_their_folders(pair, tmp_path, folde
     assert [m["sd_merge_recipe"] for m in models.values() if m["name"] == "c.safetensors"] == [kept]
 
 
-def test_one_file_as_both_models(pair):
-    found = said(pair[0], pair[0], alpha=0.3)
-    assert json.loads(found["sd_merge_models"]).keys() == {sha(pair[0])}
+def once(text):
+    """A JSON object as a dict, none of whose names stands there twice."""
+
+    def pairs(found):
+        assert len(dict(found)) == len(found), [name for name, _ in found]
+        return dict(found)
+
+    return json.loads(text, object_pairs_hook=pairs)
+
+
+def test_one_file_as_both_models(pair, tmp_path):
+    """Under one name or two, as a copy or as an ancestor: a record for each content, not file."""
+    a, b = pair
+    (tmp_path / "again").mkdir()
+    copies = [tmp_path / "copy.safetensors", tmp_path / "again" / "one.safetensors"]
+    for copy in copies:
+        copy.write_bytes(a.read_bytes())
+    for twin in (a, *copies):
+        found = once(said(a, twin, alpha=0.3)["sd_merge_models"])
+        assert {key: record["name"] for key, record in found.items()} == {sha(a): "one.safetensors"}
+    child = tmp_path / "child.safetensors"
+    plymix.merge(a, b, child)
+    for pair in ((child, a), (copies[0], child)):
+        found = once(said(*pair)["sd_merge_models"])
+        assert found.keys() == {sha(a), sha(b), sha(child)}
+    assert found[sha(a)]["name"] == "copy.safetensors"
+    near = bytearray(a.read_bytes())
+    near[-1] ^= 1  # where no sample is
+    copies[0].write_bytes(near)
+    assert once(said(a, copies[0])["sd_merge_models"]).keys() == {sha(a), sha(copies[0])}
+
+
+def test_results_of_twins_are_replayed_and_verified(pair, tmp_path):
+    """Whether its hash is known before the merge or not, a model has the same records."""
+    from plymix import replay
+
+    child, out = tmp_path / "child.safetensors", tmp_path / "grandchild.safetensors"
+    plymix.merge(*pair, child)
+    plymix.merge(child, pair[0], out)
+    assert replay.verify(out).ok
+    again = replay.replay(out, tmp_path / "again.safetensors")
+    assert again.path.read_bytes() == out.read_bytes()
 
 
 def test_prompts_and_paths_of_the_inputs_stay_behind(pair, tmp_path):

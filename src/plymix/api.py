@@ -27,7 +27,7 @@ from plymix import recipe as recipes
 from plymix.archs.views import CLASSIC
 from plymix.errors import Refusal, listed, unknown
 from plymix.expr import Leaf, Tensor
-from plymix.finding import find, needed
+from plymix.finding import find, hashing, needed
 from plymix.formats import Source, is_folder_name, open_model, writer_for
 from plymix.formats.base import Content, Layout
 from plymix.formats.diffusers import MODEL_INDEX
@@ -523,7 +523,8 @@ def run(
     if progress is not None and not callable(progress):
         raise Refusal(f"progress is {progress!r}, not a function to be called with a Progress")
     notes: list[str] = []
-    tensors, layout = _laid_out(plan, path, metadata.build(plan), configs, notes)
+    said = metadata.build(plan, hashing(progress, (), len(plan.inputs)))
+    tensors, layout = _laid_out(plan, path, said, configs, notes)
     notes.extend(_replaced(plan, path, layout))
     late = {metadata.pending(i): _hasher(i.source.files, plan.recipe, i) for i in plan.inputs}
     sources = plan.sources

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,7 +39,7 @@ def find(
     places = [Path(), *(Path(f).expanduser() for f in (*folders, *beside))]
     found: dict[str, Path] = {}
     trouble: list[str] = []
-    stopped = _stopped(progress, found, len(models))
+    stopped = hashing(progress, found, len(models))
     for name, model in models.items():
         here = next((c for c in _named(model, places) if _is(model, c, stopped)), None)
         here = here or _by_content(model, folders, stopped)
@@ -63,8 +63,8 @@ def find(
     return found
 
 
-def _stopped(
-    progress: ProgressCallback | None, found: dict[str, Path], total: int
+def hashing(
+    progress: ProgressCallback | None, found: Collection[object], total: int
 ) -> Callable[[], bool]:
     """Tells `progress` of the hashing; whether it wishes to stop."""
     began = time.monotonic()

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
+from queue import Empty, Queue
 from typing import Any
 
 from plymix import urls
@@ -97,6 +98,32 @@ def data_sha256(path: Path, start: int) -> str:
     digits are AutoV3.
     """
     return _digest(path, start, None, lambda: False)
+
+
+def in_background(files: Sequence[Path], stopped: Callable[[], bool]) -> str:
+    """`model_sha256` for who waits for it: `stopped` is heard even while a server does not answer.
+
+    Raises Cancelled when it says True.
+    """
+    found: Queue[str | BaseException] = Queue()
+
+    def work() -> None:
+        try:
+            found.put(model_sha256(files))
+        except BaseException as e:
+            found.put(e)
+
+    threading.Thread(target=work, daemon=True).start()
+    while True:
+        try:
+            value = found.get(timeout=0.05)
+        except Empty:
+            if stopped():
+                raise Cancelled("stopped; nothing was written") from None
+        else:
+            if isinstance(value, BaseException):
+                raise value
+            return value
 
 
 def legacy_hash(path: Path) -> str:

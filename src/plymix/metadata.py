@@ -11,7 +11,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import PurePath
 from typing import Any
 
@@ -20,6 +21,7 @@ from msgspec.structs import replace
 from plymix import hashes, urls
 from plymix.archs import Architecture
 from plymix.errors import Refusal
+from plymix.formats.base import Readable
 from plymix.plan import Input, Plan
 from plymix.recipe import METADATA_KEY, PARTS, Model, Recipe, Step, from_json, to_json
 from plymix.respelling import NAMES_KEY, habits, remembered
@@ -29,6 +31,9 @@ CONFIG_KEY = "plymix.model_config"
 
 _WHOLE = re.compile(r"(?:[A-Za-z]:|~)?[/\\][^\n]*[^/\\\n]").fullmatch
 """Matches a whole path, of Windows or of others."""
+
+SAMPLES = 16
+"""Places at which files are looked at that may be one."""
 
 A1111_METHODS = {"weighted_sum": "Weighted sum", "add_difference": "Add difference"}
 
@@ -66,8 +71,12 @@ def recorded(plan: Plan) -> Recipe:
     return from_json(to_json(stored))
 
 
-def build(plan: Plan) -> dict[str, str]:
-    """The result's metadata: text to text."""
+def build(plan: Plan, stopped: Callable[[], bool] = lambda: False) -> dict[str, str]:
+    """The result's metadata: text to text.
+
+    Inputs that look like one file, or like an ancestor of another, are hashed for it; `stopped` is
+    asked meanwhile. Raises Cancelled when it says True.
+    """
     recipe = recorded(plan)
     found = {**_carried(plan), METADATA_KEY: to_json(recipe), "format": "pt"}
     if config := plan.base.source.metadata.get(CONFIG_KEY):
@@ -75,7 +84,7 @@ def build(plan: Plan) -> dict[str, str]:
     if plan.components and plan.arch and (names := _names(plan.base, plan.arch)):
         found[NAMES_KEY] = json.dumps(names)
     found.update(_modelspec(plan, recipe))
-    found.update(_a1111(plan, recipe))
+    found.update(_a1111(plan, recipe, stopped))
     return found
 
 
@@ -136,7 +145,7 @@ def _own_words(plan: Plan, recipe: Recipe) -> dict[str, str]:
     return {**words, "description": own or f"Made with plymix: {formula(recipe)}"}
 
 
-def _a1111(plan: Plan, recipe: Recipe) -> dict[str, str]:
+def _a1111(plan: Plan, recipe: Recipe, stopped: Callable[[], bool]) -> dict[str, str]:
     """`sd_merge_recipe` and `sd_merge_models` as A1111's checkpoint merger writes them."""
     last = recipe.steps.get(recipe.final)
     by_name = {i.name: i for i in plan.inputs}
@@ -162,17 +171,58 @@ def _a1111(plan: Plan, recipe: Recipe) -> dict[str, str]:
         "is_instruct_pix2pix": plan.denoiser.detection.variant == "pix2pix",
         "formula": formula(recipe),
     }
+    models = _a1111_models(plan, stopped)
+    return {"sd_merge_recipe": json.dumps(said), "sd_merge_models": json.dumps(models)}
+
+
+def _a1111_models(plan: Plan, stopped: Callable[[], bool]) -> dict[str, Any]:
+    """The inputs and their ancestors by their SHA-256, each once, whatever its names are.
+
+    An input's SHA-256 is computed here only where it may be that of another record.
+    """
+
+    @cache
+    def sha256(index: int) -> str:
+        i = plan.inputs[index]
+        known = plan.recipe.models[i.name].sha256.lower()
+        return known or hashes.in_background(i.source.files, stopped)
+
+    ancestors: dict[str, Any] = {}
+    for i in plan.inputs:
+        ancestors.update(_ancestors(i.source.metadata))
+    short = {m.get("legacy_hash") for m in ancestors.values() if isinstance(m, dict)}
     models: dict[str, Any] = {}
     for i in plan.inputs:
-        models.update(_ancestors(i.source.metadata))
-    for i in plan.inputs:
+        twins = (j.index for j in plan.inputs[: i.index] if _may_be_one(i, j))
+        if any(sha256(i.index) == sha256(twin) for twin in twins):
+            continue
         files = i.source.files
+        legacy = hashes.legacy_hash(files[0]) if len(files) == 1 else ""
+        if legacy in short:
+            ancestors.pop(sha256(i.index), None)
         models[pending(i)] = {
             "name": i.label,
-            "legacy_hash": hashes.legacy_hash(files[0]) if len(files) == 1 else "",
+            "legacy_hash": legacy,
             "sd_merge_recipe": _parsed(i.source.metadata.get("sd_merge_recipe")),
         }
-    return {"sd_merge_recipe": json.dumps(said), "sd_merge_models": json.dumps(models)}
+    return ancestors | models
+
+
+def _may_be_one(a: Input, b: Input) -> bool:
+    """False where two inputs have not the same content: by their sizes, and some of their bytes."""
+    pairs = list(zip(a.source.handles, b.source.handles, strict=False))
+    if [x.size for x in a.source.handles] != [y.size for y in b.source.handles]:
+        return False
+    if a.source.remote or b.source.remote:
+        return True
+    places = ((x, y, x.size * k // SAMPLES) for x, y in pairs for k in range(SAMPLES))
+    return all(_piece(x, at) == _piece(y, at) for x, y, at in places)
+
+
+def _piece(file: Readable, at: int) -> bytearray:
+    piece = bytearray(min(512, file.size - at))
+    file.read_at(at, piece)
+    return piece
 
 
 def _ancestors(metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -527,7 +527,7 @@ def test_it_is_an_error_in_a_merge_too(tmp_path, large, site):
 
     def change(handler, path):
         begun.append(path)
-        site.etags[path] = "1" if len(begun) < 3 else "2"
+        site.etags[path] = "1" if len(begun) < 2 else "2"
         return False
 
     site.faults[:] = [change]
