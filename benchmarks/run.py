@@ -4,6 +4,7 @@
     python benchmarks/run.py --only ckpt,chain    some groups or cases
     python benchmarks/run.py --only peers         sd-mecha, mergekit, torch beside plymix
     python benchmarks/run.py --only peers,ties    the same, for some methods
+    python benchmarks/run.py --only methods       the arithmetic of each method alone, in a list
     python benchmarks/run.py --peers              everything
     python benchmarks/run.py --quick              small files, one run: does it all work?
 
@@ -41,11 +42,18 @@ from report import Row
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "benchmarks.md"
 PEER_GROUP = "peers"
+METHODS = "methods"
 PEER_LIMIT = 900  # seconds a peer may take for one merge
 
 
 def main() -> int:
     args = arguments()
+    if METHODS in args.only:
+        env = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, HERE / "methods.py"], env=env, check=False)
+        args.only.remove(METHODS)
+        if done.returncode or not args.only:
+            return done.returncode
     folder = args.folder or Path(tempfile.mkdtemp(prefix="plymix-bench-"))
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -68,7 +76,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--show", action="store_true", help="print the tables, leave the page")
     args = parser.parse_args()
     args.show |= args.quick
-    names = [*FILES, PEER_GROUP, *(c.name for c in CASES), *(s.name for s in peers.SHARED)]
+    names = [*FILES, PEER_GROUP, METHODS, *(c.name for c in CASES), *(s.name for s in peers.SHARED)]
     args.only = [n for n in args.only.split(",") if n]
     for name in args.only:
         if name not in names:

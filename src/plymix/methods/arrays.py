@@ -175,6 +175,15 @@ def rowwise(
     return out
 
 
+def pieces(*arrays: Array, grain: int = 1) -> Iterator[list[Array]]:
+    """The flattened arrays in pieces for the cache, of a multiple of `grain` elements."""
+    flat = [flatten(x) for x in arrays]
+    n = flat[0].shape[0]
+    step = max(1, BLOCK // grain) * grain if is_numpy_array(flat[0]) else max(n, 1)
+    for i in range(0, n, step):
+        yield [x[i : i + step] for x in flat]
+
+
 def add_up(xs: Sequence[Array]) -> Array:
     """The sum of the arrays, in their order."""
     return reduce(add, xs)
@@ -318,12 +327,10 @@ def gram(
     gives the products of two differences without making them. The pieces have a multiple of `grain`
     elements.
     """
-    xp, flat = namespace(*arrays), [flatten(x) for x in arrays]
-    n = flat[0].shape[0]
-    step = max(1, BLOCK // grain) * grain if is_numpy_array(flat[0]) else max(n, 1)
+    xp = namespace(*arrays)
     total: Any = 0.0
-    for i in range(0, n, step):
-        xs = [_cut(x) for x in of(*(x[i : i + step] for x in flat))]
+    for piece in pieces(*arrays, grain=grain):
+        xs = [_cut(x) for x in of(*piece)]
         part = np.zeros((len(xs), len(xs)))
         for j, x in enumerate(xs):
             for k, y in enumerate(xs[: j + 1]):
@@ -334,8 +341,9 @@ def gram(
 
 def moments(x: Array) -> tuple[float, float]:
     """Mean and population standard deviation of all elements."""
-    n = numel(x)
-    mean = float(namespace(x).sum(x, dtype=namespace(x).float64)) / n
+    xp, n, (rows, rest) = namespace(x), numel(x), _cut(x)
+    sums = (xp.sum(xp.sum(rows, axis=1), dtype=xp.float64), xp.sum(rest))
+    mean = math.fsum(map(float, sums)) / n
     return mean, math.sqrt(gram(x, of=lambda v: (v - mean,))[0, 0] / n)
 
 

@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from plymix.errors import Refusal, unknown
 from plymix.methods import Array
 from plymix.methods.arrays import (
     blockwise,
+    clip,
     flatten,
     gram,
     lerp,
+    magnitude,
     match_spread,
     moments,
     namespace,
-    norm,
     numel,
 )
-from plymix.methods.selection import top_mask
+from plymix.methods.selection import largest
 from plymix.registry import Range, Share, method
 
 
@@ -41,27 +42,44 @@ def clip_xor(a: Array, b: Array, *, hardness: Share = 0.7) -> Array:
     for a zero tensor. The last step is left out where R has no spread.
     Source: Chattiori-Model-Merger CLIPXOR.
     """
+    if not numel(a):
+        return a
     xp, h = namespace(a, b), hardness
 
-    def lacking(x: Array, y: Array) -> Array:
-        shared = xp.minimum(xp.abs(x), xp.abs(y)) * xp.sign(x)
-        return y - shared * xp.astype(x * y > 0, x.dtype)
+    def lacking(x: Array, y: Array) -> Array:  # B - O: O is A limited to what lies between 0 and B
+        return y - xp.minimum(xp.maximum(x, clip(y, high=0)), clip(y, 0))
 
     def size(x: Array, y: Array) -> Array:
-        return xp.abs(lacking(x, y))
+        return magnitude(lacking(x, y))
 
     products = gram(a, b, of=lambda x, y: (x, x + lacking(x, y)))
     lengths = math.sqrt(products[0, 0] * products[1, 1])
     cosine = products[0, 1] / lengths if lengths else 0.0
     gate = 1 / (1 + math.exp(-(cosine - (0.35 - 0.20 * h)) / (0.12 + 0.08 * (1 - h))))
     limit = 0.12 + 0.38 * h
-    mask = top_mask(max(1, int((0.10 + 0.45 * h) * numel(a))), size, a, b)
-    d = blockwise(lambda x, y, m: lacking(x, y) * xp.astype(m, x.dtype), a, b, mask)
-    strength, step = limit * gate, norm(d) * limit * gate
-    if step > limit * norm(a):
-        strength *= limit * norm(a) / step
-    r = blockwise(lambda x, v: x + strength * v, a, d, out=d)
-    return _towards_spread(r, a, 0.65 - 0.30 * h) if step else r
+    kept = largest(max(1, int((0.10 + 0.45 * h) * numel(a))), size, a, b).masks()
+    power: Any = 0.0
+
+    def step_of(x: Array, y: Array) -> Array:
+        nonlocal power
+        d = lacking(x, y)
+        d *= xp.astype(kept(xp.abs(d)), d.dtype)
+        power = power + gram(d)
+        return d
+
+    d = blockwise(step_of, a, b)
+    length = math.sqrt(power[0, 0])
+    most, strength = limit * math.sqrt(products[0, 0]), limit * gate
+    if length * strength > most:
+        strength *= most / (length * strength)
+
+    def stepped(x: Array, d: Array) -> Array:
+        r = d * strength
+        r += x
+        return r
+
+    r = blockwise(stepped, a, d, out=d)
+    return _towards_spread(r, a, 0.65 - 0.30 * h) if length * gate else r
 
 
 def _towards_spread(r: Array, a: Array, share: float) -> Array:
@@ -70,8 +88,9 @@ def _towards_spread(r: Array, a: Array, share: float) -> Array:
     (mean_r, std_r), (mean_a, std_a) = moments(r), moments(a)
     if std_r < 1e-6:
         return r
-    gain = std_a / std_r
-    return blockwise(lambda x: x + share * ((x - mean_r) * gain + mean_a - x), r, out=r)
+    gain = 1 - share + share * std_a / std_r
+    offset = share * (mean_a - mean_r * std_a / std_r)
+    return blockwise(lambda x: x * gain + offset, r, out=r)
 
 
 SAMPLES = 2048

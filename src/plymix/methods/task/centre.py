@@ -21,7 +21,7 @@ from plymix.methods.arrays import (
 from plymix.methods.task.dare import drop_masks
 from plymix.methods.task.della import mag_prune
 from plymix.methods.task.ties import Rule, trimmed
-from plymix.methods.task.vectors import Gains, as_float, merge, products
+from plymix.methods.task.vectors import Gains, as_float, mean_and_products, merge, products
 from plymix.registry import Range, Share, method
 
 Election = Literal["count", "soup"]
@@ -175,7 +175,9 @@ def _centred(
         shares = _weiszfeld(products(base, models, gains, vote))
         return merge(base, models, shares, scale, gains=gains, vote=vote)
     if core == "stock":
-        scale *= float(_stock_share(products(base, models, gains, vote), clamp_t))
+        mean, dots = mean_and_products(base, models, gains, vote)
+        scale *= float(_stock_share(dots, clamp_t))
+        return blockwise(lambda d, x0: d * scale + x0, mean, base, out=mean)
     ones = [1.0] * len(models)
     return merge(base, models, ones, scale, gains=gains, vote=vote, divide="count")
 

@@ -14,9 +14,9 @@ from plymix.methods.arrays import (
     blockwise,
     choose,
     clip,
-    gram,
     namespace,
     numel,
+    pieces,
     rowwise,
 )
 from plymix.methods.selection import each_kth_largest, packed_top_mask
@@ -165,18 +165,16 @@ def ramplus_tl(
     scale: factor of the sum.
     Source: Reinforced Agent Merging (RAM+), arXiv:2601.13572.
     """
-    n = len(models)
-
-    def changed(x0: Array, *xs: Array) -> list[Array]:
-        zs = [as_float(distance(x0, x) > epsilon, x0) for x in xs]
-        alone = as_float(add_up(zs) == 1, x0)
-        return [*zs, alone]
-
-    counts = gram(base, *models, of=changed)
+    changed, alone = [0] * len(models), [0] * len(models)
+    for x0, *xs in pieces(base, *models):
+        zs = [distance(x0, x) > epsilon for x in xs]
+        once = _number(zs) == 1
+        for i, z in enumerate(zs):
+            changed[i] += int(namespace(z).count_nonzero(z))
+            alone[i] += int(namespace(z).count_nonzero(z & once))
     gains = []
-    for i in range(n):
-        unique = float(counts[i, n])
-        shared = float(counts[i, i]) - unique
+    for total, unique in zip(changed, alone, strict=True):
+        shared = total - unique
         gains.append(1 + ratio * min(max(shared / max(unique, epsilon or 1.0), 0.0), limit))
     return _ram(base, models, gains, epsilon, scale)
 
@@ -186,15 +184,23 @@ def _ram(
 ) -> Array:
     def piece(x0: Array, *xs: Array) -> Array:
         ds = [x - x0 for x in xs]
-        zs = [as_float(namespace(d).abs(d) > epsilon, d) for d in ds]
-        count = add_up(zs)
-        unique = as_float(count == 1, x0)
-        total = add_up(
-            [
-                d * z if g == 1 else d * z * (unique * (g - 1) + 1)
-                for d, z, g in zip(ds, zs, alone, strict=True)
-            ]
-        )
-        return x0 + total / clip(count, 1) * scale
+        zs = [namespace(d).abs(d) > epsilon for d in ds]
+        number = _number(zs)
+        unique = as_float(number == 1, x0)
+        for d, z, g in zip(ds, zs, alone, strict=True):
+            d *= as_float(z, d)
+            if g != 1:
+                d *= unique * (g - 1) + 1
+        total = add_up(ds)
+        total /= clip(as_float(number, x0), 1)
+        if scale != 1:
+            total *= scale
+        total += x0
+        return total
 
     return blockwise(piece, base, *models)
+
+
+def _number(masks: Sequence[Array]) -> Array:
+    """How many of the masks are true, as small integers."""
+    return add_up([namespace(m).astype(m, namespace(m).int16) for m in masks])

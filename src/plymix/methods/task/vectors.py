@@ -59,14 +59,15 @@ def _elected(
     soup   s = sign of sum_i d_i, and    count  s = sign of sum_i sign(d_i): where that is 0 nobody
            agrees; model i agrees if sign(d_i) = s
     """
-    xp, sides = namespace(*ds), [1.0] * len(ds)
+    sides = [1.0] * len(ds)
     if vote == "sum":
         sides = [math.copysign(1, w) if w else 0.0 for w in weights]
         sign = as_float(_weighted_sum(ds, weights) >= 0, ds[0])
         sign *= 2
         sign -= 1
     else:
-        sign = xp.sign(add_up([xp.sign(d) for d in ds] if vote == "count" else ds))
+        total = add_up([_sign(d) for d in ds] if vote == "count" else ds)
+        sign = as_float(_sign(total), ds[0])
     kept = []
     for d, side in zip(ds, sides, strict=True):
         d *= sign if side == 1 else sign * side
@@ -75,8 +76,34 @@ def _elected(
     return kept, sign
 
 
+def _sign(x: Array) -> Array:
+    """-1, 0 or 1 as small integers, in a third of the time of `sign`; 0 for NaN."""
+    xp = namespace(x)
+    return xp.astype(x > 0, xp.int16) - xp.astype(x < 0, xp.int16)
+
+
 def _weighted_sum(xs: Sequence[Array], weights: Sequence[float]) -> Array:
     return add_up([x if w == 1 else x * w for x, w in zip(xs, weights, strict=True)])
+
+
+def mean_and_products(
+    base: Array, models: Sequence[Array], gains: Gains, vote: Vote
+) -> tuple[Array, Any]:
+    """The mean of the differences that survive their gains and the vote, over their number at each
+    element, and their dot products as `products` gives them: in one pass."""
+    ones, read, dots = [1.0] * len(models), _reader(gains), 0.0
+
+    def piece(x0: Array, *rest: Array) -> Array:
+        nonlocal dots
+        kept, sign = _elected(read(x0, *rest), vote, ones)
+        dots = dots + gram(*kept)
+        d = add_up(kept)
+        d /= _divisor([k != 0 for k in kept], ones, 0.0, x0)
+        d *= sign
+        return d
+
+    mean = blockwise(piece, base, *models, *_given(gains), grain=_grain(gains))
+    return mean, dots
 
 
 def merge(
