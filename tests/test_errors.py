@@ -3,10 +3,13 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import plymix
+import plymix.recipe
 import tiny
+from plymix import replay
 from plymix.errors import Refusal, nearest, unknown
 
 PRESETS = [
@@ -67,6 +70,9 @@ WRONG: list[tuple[Callable[[], object], str]] = [
     (lambda: plymix.import_recipe("{}", kind=3), "unknown kind of record 3: known: a1111"),
     (lambda: plymix.import_recipe("{}", models=3), "models is 3, not a table"),
     (lambda: plymix.Session(None), "None is no Recipe or expression"),
+    (lambda: plymix.recipe.load(None), "path is None, "),
+    (lambda: replay.replay(None), "path is None, "),
+    (lambda: replay.verify(OUT, folders=3), "folders is 3, "),
     (lambda: plymix.merge_method(None, plymix.model(A)), "unknown merge method None"),
     (lambda: plymix.explain(None), "None is no model's file, Recipe or expression"),
     (lambda: plymix.merge([A, B], OUT), "is no model's file, Recipe or expression"),
@@ -114,6 +120,31 @@ def test_one_folder_of_models_may_be_named_without_a_list(
     monkeypatch.chdir(tmp_path)
     for said in ("store", Path("store"), ["store"]):
         assert plymix.explain(A, B, models=said).merged
+
+
+def test_a_session_takes_what_numpy_gives_and_expressions(tmp_path: Path) -> None:
+    a, b = (plymix.model(tiny.write(tmp_path / n, "sd1", seed=i)) for i, n in enumerate((A, B)))
+    with plymix.Session(a.weighted_sum(b, alpha=0.5)) as session:
+        assert session.set("steps.step1.alpha", np.float32(0.25))
+        assert session.recipe.steps["step1"].params["alpha"] == 0.25
+        assert session.set("steps.step1.alpha", np.linspace(0, 1, 25))
+        assert session.recipe.steps["step1"].params["alpha"][24] == 1
+        assert session.change(a.weighted_sum(b, alpha=0.75))
+        for call, said in (
+            (lambda: session.set(3, 0.5), "path is 3, not a text"),
+            (lambda: session.set("steps.step1.alpha", object()), "is no value of a recipe"),
+            (lambda: session.change(None), "None is no Recipe or expression"),
+            (lambda: session.write(None), "out is None, "),
+        ):
+            with pytest.raises(Refusal, match=said):
+                call()
+
+
+def test_several_models_may_be_given_by_their_name() -> None:
+    a, b, c = map(plymix.model, (A, B, "c.safetensors"))
+    assert a.ties(models=[b, c], density=0.5) == a.ties(b, c, density=0.5)
+    with pytest.raises(Refusal, match="ties: model 2 is 3, not an expression"):
+        a.ties(models=3)
 
 
 def test_a_part_of_an_expression_may_be_a_path(tmp_path: Path) -> None:

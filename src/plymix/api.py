@@ -27,7 +27,7 @@ from plymix import recipe as recipes
 from plymix.archs.views import CLASSIC
 from plymix.errors import Refusal, listed, unknown
 from plymix.expr import Leaf, Tensor
-from plymix.finding import find, hashing, needed
+from plymix.finding import find, hashing, named, needed
 from plymix.formats import Source, is_folder_name, open_model, writer_for
 from plymix.formats.base import Content, Layout
 from plymix.formats.diffusers import MODEL_INDEX
@@ -416,7 +416,7 @@ def _asked(
     a: PathLike | Recipe | Expression, b: PathLike | None, options: dict[str, Any]
 ) -> tuple[Recipe, Sequence[str], bool]:
     """The recipe of what `merge` and `explain` are given, folders of models, whether `strict`."""
-    folders = _folders(options.pop("models", ()))
+    folders = named(options.pop("models", ()), "models")
     strict: bool = options.pop("strict", False)
     if not isinstance(a, Recipe) and not _is_path(a):
         from plymix.expression import Expression
@@ -435,19 +435,13 @@ def _asked(
     if b is None:
         raise Refusal(
             "a merge of files needs two of them; to run a recipe's file, give"
-            " plymix.recipe.load(pathlib.Path(...))"
+            f" plymix.recipe.load({os.fspath(cast('PathLike', a))!r})"
         )
     known = two_models.__kwdefaults__ or {}
     for name in options:
         if name not in known:
             raise unknown("option", name, [*known, "models", "strict"])
     return two_models(cast("PathLike", a), b, **options), folders, strict
-
-
-def _folders(said: object) -> tuple[str, ...]:
-    """The folders that `models` names: one or several. Raises Refusal."""
-    several = said if isinstance(said, Iterable) and not _is_path(said) else (said,)
-    return tuple(urls.given(folder, "models") for folder in several)
 
 
 def _is_path(value: object) -> bool:

@@ -296,14 +296,17 @@ def merge_method(
     """The merge method called `name` applied to expressions; `a.NAME(b, ...)` in other words.
 
     Parameters are those of the method, as a recipe writes them. Its later models may be given by
-    name as well (c=...); None leaves out an optional one before others. Raises Refusal with the
-    nearest names.
+    name as well (c=..., models=[...]); None leaves out an optional one before others. Raises
+    Refusal with the nearest names.
     """
     method = get_method(name)
     given: list[Expression | None] = list(inputs)
     for field in method.inputs[len(inputs) :]:
         if field in params:
             given.append(params.pop(field))
+    if method.several and method.several in params:
+        several = params.pop(method.several)
+        given += several if isinstance(several, (list, tuple)) else [several]
     for i, x in enumerate(given, 1):
         if x is not None and not isinstance(x, Expression):
             raise Refusal(f"{name}: model {i} is {x!r}, not an expression; write plymix.model(...)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,13 @@ from plymix.recipe import Model, Recipe
 
 if TYPE_CHECKING:
     from plymix.engine import ProgressCallback
+
+
+def named(folders: object, name: str) -> tuple[str, ...]:
+    """The folders, one or several, that an argument called `name` has. Raises Refusal."""
+    several = isinstance(folders, Iterable) and not isinstance(folders, (str, os.PathLike))
+    found: Iterable[object] = folders if several else (folders,)  # type: ignore[assignment]
+    return tuple(urls.given(folder, name) for folder in found)
 
 
 def needed(recipe: Recipe) -> dict[str, Model]:

@@ -14,6 +14,7 @@ Nothing here looks at a file. Unknown fields are errors.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -200,8 +201,9 @@ def asking(recipe: Recipe, name: str) -> Iterator[None]:
         raise type(e)(f"output.{field}: {e}") from e
 
 
-def load(path: Path) -> Recipe:
+def load(path: str | os.PathLike[str]) -> Recipe:
     """Read a recipe from a TOML (or JSON) file."""
+    path = Path(urls.given(path, "path")).expanduser()
     if path.suffix.lower() in MODELS:
         raise Refusal(
             f"{path} is a model, not a recipe: plymix replay makes a result again, plymix recipe"
@@ -521,7 +523,9 @@ def from_metadata(metadata: Mapping[str, str], where: str) -> Recipe:
             " recipe show prints how, plymix replay makes it again"
         )
     if text is None:
-        raise Refusal(f"{where} carries no plymix recipe")
+        known = metadata.keys() & {"sd_merge_recipe", "prompt", "workflow"}
+        others = "; plymix recipe import reads what another tool left in it" if known else ""
+        raise Refusal(f"{where} carries no plymix recipe{others}")
     return from_json(text)
 
 

@@ -12,12 +12,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plymix import api, engine, metadata, outputs
+from plymix import api, engine, metadata, outputs, urls
 from plymix import plan as planning
 from plymix import recipe as recipes
 from plymix.engine import ProgressCallback
-from plymix.errors import amount, listed
-from plymix.finding import find, needed
+from plymix.errors import Refusal, amount, listed
+from plymix.finding import find, named, needed
 from plymix.folder import configs
 from plymix.formats import Folders, Handle, is_folder_name, open_model, sharded
 from plymix.formats.base import Part
@@ -42,6 +42,8 @@ def embedded(path: str | os.PathLike[str]) -> Recipe | Record:
 
     Raises Refusal when it carries none.
     """
+    if Path(path).suffix.lower() == ".toml":
+        raise Refusal(f"{path} is a recipe, and a result is wanted: plymix run makes one of it")
     with open_model(path) as source:
         said, name = source.metadata, source.path.name
     if LORA_KEY in said and METADATA_KEY not in said:
@@ -66,11 +68,19 @@ def replay(
     anywhere below `folders`. A model gives an `api.Result`, a LoRA file made of others a
     `loras.Made`. Raises Refusal that names an input that is missing or altered.
     """
-    path = Path(path).expanduser()
-    own = _own_name(path)
+    path = Path(urls.given(path, "path")).expanduser()
+    folders = named(folders, "folders")
+    own, recipe = _own_name(path), embedded(path)
     out = outputs.path_of(out or outputs.shortened(own.stem, f"-replay{own.suffix}"))
-    api.ready(out, force)
-    recipe = embedded(path)
+    if is_folder_name(out) != is_folder_name(own):
+        kinds = ("a file", "a folder") if is_folder_name(out) else ("a folder", "a file")
+        raise Refusal(
+            f"{own.name} is {kinds[0]}, and {out} would be {kinds[1]}, which has other names:"
+            " plymix convert makes one of the other"
+        )
+    places: Folders = (*folders, path.parent)
+    inputs = (planning.locate(model.file, places) for model in recipe.models.values())
+    api.ready(out, force, (path, *inputs))
     if not isinstance(recipe, Recipe):
         from plymix import loras
 
@@ -110,7 +120,8 @@ def verify(
     A LoRA file made of others is made again into a temporary file. Inputs are found as by `replay`.
     Raises Refusal when there is no recipe, or an input is missing or altered.
     """
-    path = Path(path).expanduser()
+    path = Path(urls.given(path, "path")).expanduser()
+    folders = named(folders, "folders")
     recipe = embedded(path)
     if not isinstance(recipe, Recipe):
         from plymix.loras import again

@@ -15,7 +15,7 @@ from plymix.engine.worker import prepare
 from plymix.errors import Refusal
 from plymix.expr import calls
 from plymix.expression import Expression
-from plymix.finding import find, needed
+from plymix.finding import find, named, needed
 from plymix.formats import Folders, Source, open_model
 from plymix.plan import Plan
 from plymix.recipe import Model, Recipe
@@ -45,17 +45,14 @@ class Session:
         folders: Folders = (),
         progress: ProgressCallback | None = None,
     ) -> None:
-        self._folders = folders
+        self._folders = named(folders, "folders")
         self._progress = progress
         self._open: dict[Path, Source] = {}
         self._found: dict[Model, Path] = {}  # those that the recipe knows the content of
         self._written: tuple[Path, tuple[int, int], Plan] | None = None
         self.changed: tuple[str, ...] = ()
-        whole = recipe.recipe() if isinstance(recipe, Expression) else recipe
-        if not isinstance(whole, Recipe):
-            raise Refusal(f"{recipe!r} is no Recipe or expression, of which a session is made")
         try:
-            self.plan = self._build(whole)
+            self.plan = self._build(_whole(recipe))
         except BaseException:
             self.close()
             raise
@@ -66,14 +63,18 @@ class Session:
 
     def set(self, path: str, value: Any) -> tuple[str, ...]:
         """Change one value of the recipe; returns the names of the tensors that it changes."""
-        return self.change(recipes.with_setting(self.recipe, path, json.dumps(value)))
+        if not isinstance(path, str):
+            raise Refusal(f"path is {path!r}, not a text such as steps.mix.alpha.base")
+        return self.change(
+            recipes.with_setting(self.recipe, path, json.dumps(value, default=_plain))
+        )
 
-    def change(self, recipe: Recipe) -> tuple[str, ...]:
+    def change(self, recipe: Recipe | Expression) -> tuple[str, ...]:
         """Go on with another recipe; returns the names of the tensors that differ.
 
         Raises Refusal where it cannot be merged; the session is as it was then.
         """
-        before, self.plan = self.plan, self._build(recipe)
+        before, self.plan = self.plan, self._build(_whole(recipe))
         self.changed = before.changes(self.plan)
         return self.changed
 
@@ -98,7 +99,7 @@ class Session:
         progress: ProgressCallback | None = None,
     ) -> api.Result:
         """Write the result. Tensors that the last write to `out` already made are copied."""
-        path = outputs.path_of(out)
+        path = outputs.path_of(urls.given(out, "out"))
         api.ready(path, force)
         local = [known for known in self._open if not urls.is_url(known)]
         if any(path.exists() and path.samefile(known) for known in local):
@@ -141,6 +142,20 @@ class Session:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _whole(recipe: Recipe | Expression) -> Recipe:
+    found = recipe.recipe() if isinstance(recipe, Expression) else recipe
+    if not isinstance(found, Recipe):
+        raise Refusal(f"{recipe!r} is no Recipe or expression, of which a session is made")
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """A number or an array of numpy as JSON has them."""
+    if not hasattr(value, "tolist"):
+        raise Refusal(f"{value!r} is no value of a recipe: give numbers, texts, lists or dicts")
+    return value.tolist()
 
 
 def _stamp(path: Path) -> tuple[int, int]:

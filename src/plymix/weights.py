@@ -239,6 +239,8 @@ def _numbers(values: Sequence[object], field: str, blocks: Sequence[str]) -> tup
 
 def _preset(name: str, field: str, own: Own) -> str | tuple[float, ...]:
     upper = name.strip().upper()
+    if not upper:
+        raise Refusal(f"{field} is empty; give a number, a list of numbers or a preset name")
     for mine, values in own.items():
         if mine.upper() == upper:
             if not values:

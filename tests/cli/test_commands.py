@@ -546,6 +546,39 @@ def test_replay_and_verify(here: Path) -> None:
     assert (gone.code, "b.safetensors" in gone.err) == (2, True)
 
 
+def test_a_replay_keeps_its_kind_and_its_inputs(here: Path) -> None:
+    assert plymix(*MERGE).code == 0
+    for name, said in (
+        ("a.safetensors", "a.safetensors is an input itself"),
+        ("out.safetensors", "out.safetensors is an input itself"),
+        ("folder", "out.safetensors is a file, and folder would be a folder"),
+    ):
+        ran = plymix("replay", "out.safetensors", "-o", name)
+        assert ran.code == 2
+        assert said in ran.err
+    assert not (here / "folder").exists()
+
+
+def test_a_model_that_no_record_names_is_told(here: Path) -> None:
+    said = {
+        "type": "sd-webui-supermerger", "mode": "Weight sum", "base_alpha": 0.4,
+        "model_a": "a", "model_b": "b",
+    }  # fmt: skip
+    header = tiny.header("sd1")
+    metadata = {"sd_merge_recipe": json.dumps(said)}
+    tiny.write_safetensors(here / "old.safetensors", header, tiny.state(header), metadata)
+    words = ("recipe", "import", "old.safetensors", "--model", "a=a.safetensors", "--model")
+    assert plymix(*words, "b=b.safetensors").code == 0
+    ran = plymix(*words, "c=c.safetensors", "-o", "old.toml")
+    assert ran.code == 2
+    assert "--model c=c.safetensors: no model of the record is called so" in ran.err
+    assert not (here / "old.toml").exists()
+    assert (
+        "plymix recipe import reads what another tool left"
+        in plymix("replay", "old.safetensors").err
+    )
+
+
 def test_a_shown_recipe_finds_its_models_as_a_replay_does(here: Path) -> None:
     words = ("merge", "a.safetensors", "b.safetensors", "--alpha", "GRAD_V")
     assert plymix(*words, "-o", "one.safetensors").code == 0
@@ -766,6 +799,16 @@ REFUSED: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     ((*MERGE, "--c", "c.safetensors"), ("weighted_sum takes two", "--c", "add_difference")),
     ((*MERGE, "--dtype", "fp8"), ("unknown --dtype 'fp8'", "fp8_e4m3fn")),
     ((*MERGE, "--threads", "-1"), ("--threads -1",)),
+    ((*MERGE, "--threads", "1.9"), ("--threads", "'1.9' is not a whole number")),
+    ((*MERGE, "--seed", "1.5"), ("--seed", "'1.5' is not a whole number")),
+    (("lora", "resize", "x", "--rank", "3.5"), ("--rank", "'3.5' is not a whole number")),
+    (("replay", "r.toml"), ("r.toml is a recipe", "plymix run")),
+    (("verify", "r.toml"), ("r.toml is a recipe", "plymix run")),
+    (("recipe", "show", "r.toml"), ("r.toml is a recipe", "plymix run")),
+    (("recipe", "import", "r.toml"), ("r.toml is a recipe already", "plymix run")),
+    (("recipe", "import", "a.safetensors", "-o", "x.safetensors"), (".toml or .json", "x.toml")),
+    (("recipe", "import", "a.safetensors", "--entry", "3"), ("entry 3", "a.safetensors is none")),
+    (("run", "r.toml", "--set", "steps.mix.alpha="), ("steps.mix.alpha is empty",)),
     ((*MERGE, "--vae", "gone.safetensors"), ("gone.safetensors does not exist",)),
     ((*MERGE, "--treads", "3"), ("did you mean --threads?",)),
     ((*MERGE, "c.safetensors"), ("c.safetensors", "--help")),
@@ -864,7 +907,7 @@ def test_what_goes_wrong_ends_quietly(
         ("explain", "huge.json"),
         (*MERGE, "--arch", "huge"),
         (*MERGE, "--presets", "huge"),
-        ("recipe", "import", "huge"),
+        ("recipe", "import", "huge.json"),
     ],
 )
 def test_a_text_of_gigabytes_is_not_read(here: Path, words: tuple[str, ...]) -> None:

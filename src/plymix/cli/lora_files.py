@@ -12,6 +12,8 @@ from plymix.cli.options import (
     LoraDir,
     OneDtype,
     Threads,
+    Whole,
+    WholeOrNone,
     argument,
     option,
 )
@@ -34,10 +36,10 @@ Output = Annotated[
     str, option("The result: .safetensors.", "--output", "-o", default=False, metavar="FILE")
 ]
 Rank = Annotated[
-    int | None, option("Give every module this rank at most.", default=False, metavar="N")
+    WholeOrNone, option("Give every module this rank at most.", default=False, metavar="N")
 ]
 ConvRank = Annotated[
-    int | None, option("Another rank for convolution kernels.", default=False, metavar="N")
+    WholeOrNone, option("Another rank for convolution kernels.", default=False, metavar="N")
 ]
 Energy = Annotated[
     float | None,
@@ -66,7 +68,7 @@ Base = Annotated[
 Spelling = Annotated[
     To | None, option("Whose spelling. [default: the first file's]", default=False)
 ]
-Seed = Annotated[int, option("Of random numbers, where there are any.", metavar="N")]
+Seed = Annotated[Whole, option("Of random numbers, where there are any.", metavar="N")]
 Strict = Annotated[
     bool, option("Refuse files with tensors that are no part of a LoRA.", default=False)
 ]
@@ -118,7 +120,7 @@ def extract(
     size: Size = None,
     family: Annotated[Literal["lora", "lokr"], option("lokr: Kronecker products.")] = "lora",
     factor: Annotated[
-        int | None,
+        WholeOrNone,
         option(
             "LoKr: largest side of the small factor. [default: -1, about the root]",
             default=False,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import signature
 from typing import Annotated, Any, Literal, Optional
 
-from cyclopts import Parameter
+from cyclopts import Parameter, Token
 
 from plymix.errors import Refusal
 
@@ -44,13 +45,25 @@ def weight(help: str, *names: str, metavar: str, default: bool = True) -> Parame
     )
 
 
+def _whole(kind: Any, tokens: Sequence[Token]) -> int:
+    """What a whole number is written as; cyclopts would take 1.9 for 2."""
+    (token,) = tokens
+    try:
+        return int(token.value)
+    except ValueError:
+        raise ValueError(f"{token.value!r} is not a whole number") from None
+
+
+Whole = Annotated[int, Parameter(converter=_whole)]
+WholeOrNone = Annotated[int | None, Parameter(converter=_whole)]
+
 Json = Annotated[bool, option("Print one JSON document instead.", default=False)]
 DryRun = Annotated[bool, option("Show what would be done, as plymix explain does.", default=False)]
 Force = Annotated[bool, option("Replace an existing output file.", default=False)]
 Strict = Annotated[
     bool, option("Refuse keys that some models have and others lack.", default=False)
 ]
-Threads = Annotated[int, option("Worker threads; 0 is one per processor.", metavar="N")]
+Threads = Annotated[Whole, option("Worker threads; 0 is one per processor.", metavar="N")]
 OnDevice = Annotated[Device, option("Where to compute; cuda needs torch.")]
 Output = Annotated[
     str,
@@ -90,7 +103,7 @@ Configs = Annotated[
     ),
 ]
 Rounded = Annotated[Rounding, option("How fp8 rounds; stochastic is drawn from --seed.")]
-Seed = Annotated[int, option("For --rounding stochastic.", metavar="N")]
+Seed = Annotated[Whole, option("For --rounding stochastic.", metavar="N")]
 Folders = Annotated[
     tuple[str, ...],
     option("A folder to look for model files in; repeatable.", default=False, metavar="DIR"),

@@ -12,7 +12,7 @@ from cyclopts import Parameter
 
 from plymix import outputs, urls
 from plymix.cli import screen
-from plymix.cli.options import Folders, Force, Json, Presets, argument, option, weight
+from plymix.cli.options import Folders, Force, Json, Presets, Whole, argument, option, weight
 from plymix.errors import Refusal, amount
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Picture:
             metavar="NAME",
         ),
     ] = "euler_a"
-    steps: Annotated[int, option("Steps of the sampler.", metavar="N")] = 20
+    steps: Annotated[Whole, option("Steps of the sampler.", metavar="N")] = 20
     cfg: Annotated[float, option("Guidance: how strongly the prompt holds.", metavar="F")] = 7.0
     size: Annotated[str, option("Width x height in pixels.", metavar="WxH")] = "512x512"
 
@@ -115,7 +115,7 @@ class Drawing:
         ),
     ] = ""
     batch: Annotated[
-        int,
+        Whole,
         option("Pictures made at once. [default: 4 on a GPU, else 1]", default=False, metavar="N"),
     ] = 0
 
@@ -186,7 +186,7 @@ def compare(
     y: Annotated[str, option("Rows, as --x.", default=False, metavar="AXIS")] = "",
     pages: Annotated[str, option("Pages, as --x.", default=False, metavar="AXIS")] = "",
     against: Annotated[
-        int,
+        Whole,
         option("Draw each row's difference from this one, too.", default=False, metavar="ROW"),
     ] = 0,
     save: Annotated[

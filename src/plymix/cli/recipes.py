@@ -22,6 +22,7 @@ from plymix.cli.options import (
     Settings,
     Strict,
     Threads,
+    Whole,
     argument,
     option,
 )
@@ -226,7 +227,7 @@ def import_(
     kind: Annotated[
         Kind | None, option("Whose record it is, where that is not plain.", default=False)
     ] = None,
-    entry: Annotated[int, option("Line of a history; -1 is the last.", metavar="N")] = -1,
+    entry: Annotated[Whole, option("Line of a history; -1 is the last.", metavar="N")] = -1,
     model: Annotated[
         tuple[str, ...],
         option(
@@ -244,13 +245,15 @@ def import_(
     graph or a history. Weights become the share of the second model; what a recipe cannot say is
     told.
     """
-    from plymix import outputs
+    from plymix import outputs, urls
     from plymix import recipe as recipes
     from plymix.engine.files import write_whole
     from plymix.importers import import_recipe
 
     path = outputs.path_of(output)
     if output:
+        if path.suffix.lower() not in (".toml", ".json"):
+            raise Refusal(f"{output}: a recipe is a .toml or .json; name it {path.stem}.toml")
         outputs.file(path, force)
     models = {}
     for text in model:
@@ -261,6 +264,12 @@ def import_(
             )
         models[name] = where
     found = import_recipe(file, kind=kind, models=models, entry=entry)
+    known = {model.file for model in found.recipe.models.values()}
+    if idle := [name for name, where in models.items() if urls.public(where) not in known]:
+        raise Refusal(
+            f"--model {idle[0]}={models[idle[0]]}: no model of the record is called so; it has"
+            f" {listed(sorted(known))}"
+        )
     for note in found.notes:
         screen.note(note)
     toml = recipes.to_toml(found.recipe)

@@ -72,9 +72,13 @@ def import_recipe(
     path = Path(text).expanduser()
     if not os.path.exists(path):
         raise Refusal(f"{path} does not exist; name a merged model, a graph or a history")
+    if path.suffix.lower() == ".toml":
+        raise Refusal(f"{path} is a recipe already: plymix run takes it")
     if path.is_dir() or path.suffix.lower() in (".safetensors", ".ckpt", ".pt"):
         from plymix.formats import open_model
 
+        if entry != -1:
+            raise Refusal(f"entry {entry} is for a history of merges; {path.name} is none")
         with open_model(path) as source:
             return _from_metadata(dict(source.metadata), path.name, kind, files)
     return _from_text(texts.text(path, "the record"), path.name, kind, files, entry)
