@@ -122,6 +122,31 @@ def test_result_is_like_the_first_input_and_inputs_stay(m, shape, library):
 
 
 @by_method
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 4)], ids=str)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf], ids=str)
+@pytest.mark.parametrize("library", ["numpy float32", "torch float32"])
+def test_what_is_not_finite_stops_nothing(m, shape, bad, library):
+    """The merge goes on, and tells which tensors of its result hold infinities or NaN."""
+    for xs in samples(m, shape):
+        for i in (i for i, x in enumerate(xs) if x is not None):
+            broken = [copied(x) for x in xs]
+            broken[i].reshape(-1)[-1:] = bad
+            with np.errstate(all="ignore"):
+                found = call(m, [to(library, x) for x in broken])
+            assert tuple(found.shape) == shape
+
+
+@pytest.mark.parametrize("name", names("rotate polar truncate_rank tsv_m iso_c iso_cts knots"))
+@pytest.mark.parametrize("shape", [(4, 3), (3, 4)], ids=str)
+def test_what_cannot_be_decomposed_is_nan(name, shape):
+    m = methods()[name]
+    for xs in samples(m, shape):
+        broken = [copied(x) for x in xs]
+        broken[0][1, 2] = np.nan
+        assert np.isnan(call(m, broken)).any()
+
+
+@by_method
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_libraries_and_precisions_agree(m, shape):
     for xs in samples(m, shape):

@@ -1146,6 +1146,24 @@ def test_balance_attention_keeps_the_function_and_evens_the_factors():
     assert np.array_equal(r["u.norm.weight"], a["u.norm.weight"])
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_units_that_are_not_finite_stay_where_they_are_known(bad):
+    a, b = tiny(), tiny(seed=1)
+    key = "t.text_model.encoder.layers.3.self_attn.q_proj.weight"
+    b[key][0, 3] = bad
+    with np.errstate(invalid="ignore"):
+        r = run_group(permutation.balance_attention, b, heads=HEADS, text_heads=HEADS)
+        assert all(np.isfinite(x).all() for k, x in r.items() if ".self_attn." not in k)
+        half = WIDTH // HEADS
+        assert np.isnan(r[key][:half]).all()
+        assert np.isfinite(r[key][half:]).all()
+        for first, second in ((a, b), (b, a)):
+            found = run_group(permutation.rebasin, first, second, **KNOWN)
+            for k, x in found.items():
+                before, after = (np.sort(v.ravel()) for v in (first[k], x))
+                assert np.array_equal(before, after, equal_nan=True)
+
+
 def test_rebasin_without_scipy_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
     with pytest.raises(Refusal, match=r'pip install "plymix\[scipy\]"'):

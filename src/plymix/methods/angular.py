@@ -179,7 +179,7 @@ def multislerp(
     lengths = np.sqrt(np.diagonal(g))
     w = np.array(ws) / (lengths + 1e-8)
     size = math.sqrt(max(float(w @ g @ w), 0.0))  # of sum_i w_i u_i
-    if size >= 1e-8:
+    if not size < 1e-8:  # nor NaN
         return _around(base, w / size * float(np.array(ws) @ lengths), models)
     if len(models) > 2 and lengths.any():
         raise Refusal(

@@ -56,8 +56,14 @@ def _back(x: Array, original: Array) -> Array:
 
 
 def _svd(x: Array) -> tuple[Array, Array, Array]:
-    u, s, vh = namespace(x).linalg.svd(x, full_matrices=False)
-    return u, s, vh
+    """The thin SVD; all NaN where `x` is not finite, with which LAPACK's does not converge."""
+    xp, finite = namespace(x), _finite(x)
+    u, s, vh = xp.linalg.svd(x if finite else xp.zeros_like(x), full_matrices=False)
+    return (u, s, vh) if finite else (u * math.nan, s * math.nan, vh * math.nan)
+
+
+def _finite(*xs: Array) -> bool:
+    return all(bool(namespace(x).all(namespace(x).isfinite(x))) for x in xs)
 
 
 def _t(x: Array) -> Array:
@@ -170,6 +176,8 @@ def rotate(
     taps = math.prod(a.shape[2:])
     shape = (-1, taps) if taps > 1 else (a.shape[0], -1)
     x, y = (_precise(xp.reshape(v, shape)) for v in (a, b))
+    if not _finite(x, y):
+        return _back(x * math.nan, a)
     mean_x, mean_y = (xp.mean(v, axis=0, keepdims=True) * centralization for v in (x, y))
     x, y = x - mean_x, y - mean_y
     if x.shape[0] >= x.shape[1]:
@@ -208,6 +216,8 @@ def polar(a: Array, b: Array, *, alpha: float = 0.5) -> Array:
     if a.ndim < 2 or alpha in (0, 1):
         return lerp(a, b, alpha)
     x, y = _precise(as_matrix(a)), _precise(as_matrix(b))
+    if not _finite(x, y):
+        return _back(x * math.nan, a)
     wide = x.shape[0] < x.shape[1]
     if wide:
         x, y = _t(x), _t(y)

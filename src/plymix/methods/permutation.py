@@ -280,7 +280,8 @@ def _match(
             pairs = zip(_blocked(ref, found, member), _blocked(a, found, member), strict=True)
             for r, x in pairs:
                 likeness = likeness + r @ np.swapaxes(x, -1, -2)
-        chosen = [linear_sum_assignment(block, maximize=True)[1] for block in likeness]
+        known = np.where(np.isfinite(likeness), likeness, 0)  # NaN is like nothing
+        chosen = [linear_sum_assignment(block, maximize=True)[1] for block in known]
         _record(orders, tensors, found, np.stack(chosen))
     return orders
 
@@ -391,10 +392,14 @@ def _balance(
 
 
 def _symmetric_power(x: Any, exponent: float) -> Any:
-    """A symmetric positive definite matrix (or a stack of them) to a real power."""
-    values, vectors = np.linalg.eigh((x + np.swapaxes(x, -1, -2)) / 2)
+    """A symmetric positive definite matrix (or a stack of them) to a real power; NaN where one is
+    not finite."""
+    finite = np.isfinite(x).all((-1, -2), keepdims=True)
+    x = np.where(finite, (x + np.swapaxes(x, -1, -2)) / 2, np.eye(x.shape[-1]))
+    values, vectors = np.linalg.eigh(x)
     values = np.maximum(values, values[..., -1:] * 1e-15)
-    return (vectors * values[..., None, :] ** exponent) @ np.swapaxes(vectors, -1, -2)
+    power = (vectors * values[..., None, :] ** exponent) @ np.swapaxes(vectors, -1, -2)
+    return np.where(finite, power, np.nan)
 
 
 @method("group", prepare=_balance)

@@ -340,7 +340,7 @@ def by_rank_of_all(values: Callable[[Array], Array], x: Array) -> Array:
             done += at.shape[0]
 
     sample = _sample(lambda s: s, [flat])
-    cuts = [*sample[:: sample.shape[0] // GROUPS].tolist(), math.inf]
+    cuts = [c for c in sample[:: sample.shape[0] // GROUPS].tolist() if c < math.inf] + [math.inf]
     low = -1.0
     for high in sorted({*cuts}):
         common = cuts.count(high) > 1  # too many to sort, and in order as they are

@@ -161,7 +161,7 @@ def feature_weighted(a: Array, b: Array, *, alpha: float = 0.3) -> Array:
         matrix = (np.eye(len(box)) + box) / 2 @ box
     d = b - a if matrix is None else _apply_matrix(b - a, matrix)
     s_a, s_b, s_d = (moments(x)[1] for x in (a, b, d))
-    if min(s_a, s_b, s_d) < 1e-6:
+    if s_a < 1e-6 or s_b < 1e-6 or s_d < 1e-6:  # not their least, where one is NaN
         return lerp(a, b, alpha)
     r = _limit(s_b / s_a, 0.5, 2)
     scale = _limit((s_a / s_d) ** (1.5 - r / 2), 0.5, 1.5)
