@@ -289,6 +289,11 @@ def _with_part(recipe: Recipe, part: str) -> Recipe:
     file = urls.public(getattr(recipe.output, part))
     if not file or file in recipe.models or (part == "vae" and file == BLEND):
         return recipe
+    if file in recipe.steps:
+        raise Refusal(
+            f"output.{part} = {file!r} is a step; it takes a model ({', '.join(recipe.models)})"
+            " or a file, whole"
+        )
     others = [n for n, m in recipe.models.items() if m.file != file]
     name = model_name(file, (*others, *recipe.steps))
     return Recipe(

@@ -788,6 +788,8 @@ REFUSED: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     ((*MERGE, "--text-encoder-2", "q"), ("SD1 has no second text", "use --text-encoder")),
     ((*MERGE, "--text-encoder", "q"), ("plymix: --text-encoder: q does not exist",)),
     ((*MBW, "--vae", "q"), ("plymix: --vae: q does not exist",)),
+    (("explain", "r.toml", "b.safetensors"), ("r.toml is a recipe", "leave out b.safetensors")),
+    (("run", "r.toml", "--set", "output.vae=mix"), ("'mix' is a step", "one, two, three")),
     (("run", "r.toml", "--set", "output.vae=q"), ("plymix: output.vae: q does not exist",)),
     (("convert", "a.safetensors", "x.ckpt", "--dtype", "fp8"), ("unknown --dtype 'fp8'",)),
     ((*MERGE, "--alpha", "nan"), ("nan", "finite")),

@@ -353,6 +353,8 @@ def explain(
         )
         _explain(recipe, beside)
         return
+    if Path(a).suffix.lower() == ".toml":
+        raise Refusal(f"{a} is a recipe, which names its models itself; leave out {b}")
     if set:
         raise Refusal("--set is for recipes; for two models say --alpha and the like")
     note_presets(options.presets)
