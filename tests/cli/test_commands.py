@@ -792,6 +792,8 @@ REFUSED: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("run", "r.toml", "--set", "output.vae=mix"), ("'mix' is a step", "one, two, three")),
     (("run", "r.toml", "--set", "output.vae=q"), ("plymix: output.vae: q does not exist",)),
     (("convert", "a.safetensors", "x.ckpt", "--dtype", "fp8"), ("unknown --dtype 'fp8'",)),
+    (("prune", "a.safetensors", "-o", "x.ckpt", "--dtype", "fp8"), ("unknown --dtype 'fp8'",)),
+    (("prune", "a.safetensors", "-o", "a.safetensors"), ("a.safetensors is an input itself",)),
     ((*MERGE, "--alpha", "nan"), ("nan", "finite")),
     ((*MERGE, "--base", "0.2", "--alpha", "0.1" + ",1" * 25), ("BASE",)),
     ((*MERGE, "--method", "weigted_sum"), ("weighted_sum",)),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from plymix.cli import screen
 from plymix.cli.options import Device, checked_threads
+from plymix.cli.typed import typed
 from plymix.errors import amount, listed
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def worked(
     options: Mapping[str, Any],
 ) -> Any:
     """What `work` makes of what is `given`, with a progress line; its notes are shown."""
-    with screen.ProgressLine() as progress:
+    with typed(), screen.ProgressLine() as progress:
         found = work(
             *given,
             output or None,
