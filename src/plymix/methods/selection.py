@@ -27,7 +27,7 @@ def mask_where(test: Callable[..., Array], *arrays: Array) -> Array:
     return blockwise(test, *arrays, dtype=np.bool_)
 
 
-GROUPS = 32
+GROUPS = 48
 """Of how many groups of about one size a large tensor is sorted one by one."""
 
 
@@ -119,6 +119,28 @@ class Without(Lazy):
 
         def mask(scores: Array) -> Array:
             return more(scores) ^ less(scores) if more else ~less(scores)
+
+        return mask
+
+
+@dataclass(frozen=True, eq=False)
+class Among(Lazy):
+    """The elements of `kept` that are in `largest` when the others' scores are 0."""
+
+    kept: Lazy
+    largest: Largest
+
+    @property
+    def grain(self) -> int:
+        return self.kept.grain
+
+    def masks(self) -> Callable[[Array], Array]:
+        first, second = self.kept.masks(), self.largest.masks()
+
+        def mask(scores: Array) -> Array:
+            kept = first(scores)
+            kept &= second(scores * kept)
+            return kept
 
         return mask
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from plymix.methods import Array, model_weights
 from plymix.methods.arrays import numel
-from plymix.methods.selection import NOTHING, Lazy, largest, packed_top_mask
+from plymix.methods.selection import NOTHING, Among, Lazy, largest, packed_top_mask
 from plymix.methods.task.vectors import Divide, Gains, distance, kept_distances, merge
 from plymix.registry import Share, method
 
@@ -46,7 +46,10 @@ def _top(
         return NOTHING
     if mask is None:
         return largest(k, distance, base, x, with_equals=with_equals)
-    return packed_top_mask(k, kept_distances(base, x, mask), with_equals=with_equals)
+    scores = kept_distances(base, x, mask)
+    if isinstance(mask, Lazy):
+        return Among(mask, largest(k, lambda s: s, scores, with_equals=with_equals))
+    return packed_top_mask(k, scores, with_equals=with_equals)
 
 
 def merge_agreeing(
