@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from plymix.errors import Refusal
 from plymix.methods import arrays, matrix, permutation, selection, tuning
-from plymix.methods.selection import Drawn, by_rank, by_rank_of_all, kth_largest, top_mask
+from plymix.methods.selection import Drawn, by_rank, by_rank_of_all, kth_largest, largest
 from plymix.methods.task import breadcrumbs, centre, changes, dare, della, ties
 from plymix.registry import Method, _read, methods
 
@@ -70,6 +70,15 @@ def test_top_mask_is_a_stable_sort(values, k, equals):
         mask = top_mask(k, abs, arr, with_equals=equals)
         assert np.array_equal(np.asarray(mask), expected)
     assert np.array_equal(x, values)
+
+
+def top_mask(k, score, x, with_equals=False):
+    """The mask of the `k` largest scores, made in its pieces; of k beyond the elements, all."""
+    if not 0 < k < len(x):
+        return np.full(len(x), k > 0)
+    masks, step = largest(k, score, x, with_equals=with_equals).masks(), arrays.BLOCK
+    found = [np.asarray(masks(score(x[i : i + step]))) for i in range(0, len(x), step)]
+    return np.concatenate(found)
 
 
 def test_top_mask_in_pieces_with_many_equals():

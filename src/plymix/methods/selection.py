@@ -19,32 +19,8 @@ SAMPLE = 1 << 13
 """Elements that tell about where a tensor's k-th largest lies; of large ones up to 8 times more."""
 
 
-def mask_where(test: Callable[..., Array], *arrays: Array) -> Array:
-    """`test(*arrays)`, a mask, for a test that works element by element: `blockwise` for bools.
-
-    The arrays have one shape, which is the mask's.
-    """
-    return blockwise(test, *arrays, dtype=np.bool_)
-
-
 GROUPS = 48
 """Of how many groups of about one size a large tensor is sorted one by one."""
-
-
-def top_mask(
-    k: int, score: Callable[..., Array], *arrays: Array, with_equals: bool = False
-) -> Array:
-    """True at the `k` elements whose `score(*arrays)` is largest; of equals the earlier ones win.
-
-    `score` works element by element and gives numbers >= 0. `with_equals` also keeps what equals
-    the smallest score kept.
-    """
-    xp, n = namespace(*arrays), numel(arrays[0])
-    if k >= n or k <= 0:
-        return xp.full(arrays[0].shape, k > 0, dtype=xp.bool, device=device(arrays[0]))
-    masks = largest(k, score, *arrays, with_equals=with_equals).masks()
-    mask = mask_where(lambda *xs: masks(score(*xs)), *map(flatten, arrays))
-    return xp.reshape(mask, arrays[0].shape)
 
 
 class Lazy(ABC):
@@ -61,7 +37,8 @@ class Lazy(ABC):
 
 
 def packed_top_mask(k: int, scores: Array, *, with_equals: bool = False) -> Array | Lazy:
-    """`top_mask` of scores that are at hand, but for those that are 0."""
+    """True at the `k` largest scores, numbers >= 0, but for those that are 0; of equals at the
+    earlier ones, or `with_equals` at all that equal the smallest kept."""
     if k <= 0:
         return NOTHING
     masks = largest(k, lambda s: s, scores, with_equals=with_equals).masks()
@@ -209,7 +186,8 @@ class Drawn(Lazy):
 def largest(
     k: int, score: Callable[..., Array], *arrays: Array, with_equals: bool = False
 ) -> Largest:
-    """What `top_mask` is made from; 0 < k <= the number of elements."""
+    """What keeps the `k` elements whose `score(*arrays)`, a number >= 0, is largest; of equals the
+    earlier ones. `with_equals` also keeps what equals the smallest score kept. 0 < k <= n."""
     cut, larger = kth_largest(k, score, *arrays)
     return Largest(cut, math.inf if with_equals else k - larger)
 
