@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,23 +124,28 @@ def perform(
     began = time.monotonic()
     position = iter(_scheduled(work))
 
-    def loop() -> None:
+    def work_off(ending: ExitStack) -> None:
         buffers = Buffers()
         worker: Worker | None = None
-        try:
-            while not job.stop:
-                with job.lock:
-                    item = next(position, None)
-                if item is None:
-                    return
-                if isinstance(item, CopyItem):
-                    _copy(job, item, buffers)
-                    continue
-                if worker is None:
-                    from plymix.engine.worker import Worker
+        while not job.stop:
+            with job.lock:
+                item = next(position, None)
+            if item is None:
+                return
+            if isinstance(item, CopyItem):
+                _copy(job, item, buffers)
+                continue
+            if worker is None:
+                from plymix.engine.worker import Worker
 
-                    worker = Worker(job, buffers)
-                worker.run(item)
+                worker = Worker(job, buffers)
+                ending.callback(worker.close)
+            worker.run(item)
+
+    def loop() -> None:
+        try:
+            with ExitStack() as ending:
+                work_off(ending)
         except BaseException as e:
             with job.lock:
                 job.error = job.error or e

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Protocol
 
 from plymix import temporary
@@ -164,6 +165,65 @@ class Buffers:
         if len(self._rows[i]) < start + nbytes:
             self._rows[i] = _pages(nbytes + PAGE)
         return memoryview(self._rows[i])[start : start + nbytes]
+
+
+class Outbox:
+    """One thread's results on their way: the disk takes one while the next is computed.
+
+    Fill what `room` gives and hand it to `put`; `close` waits until all are written. What went
+    wrong meanwhile is raised by the next call.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self._rows = Buffers()
+        self._free: SimpleQueue[int] = SimpleQueue()
+        for row in range(2):
+            self._free.put(row)
+        self._row = -1  # the one that is being filled
+        self._sent: SimpleQueue[tuple[int, int, memoryview] | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def room(self, nbytes: int, at: int) -> memoryview:
+        """Memory for what is to be written at `at`, which lies there as the file's pages do."""
+        if self._row < 0:
+            self._row = self._free.get()
+        self._check()
+        return self._rows(self._row, nbytes, at)
+
+    def put(self, at: int, data: memoryview) -> None:
+        """Have the start of what `room` gave written at `at`."""
+        row, self._row = self._row, -1
+        if not self.target.waits:
+            self.target.write_at(at, data)
+            self._free.put(row)
+            return
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._write, daemon=True)
+            self._thread.start()
+        self._sent.put((row, at, data))
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self._sent.put(None)
+            self._thread.join()
+            self._thread = None
+        self._check()
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _write(self) -> None:
+        while (sent := self._sent.get()) is not None:
+            row, at, data = sent
+            try:
+                if self._error is None:
+                    self.target.write_at(at, data)
+            except BaseException as e:
+                self._error = e
+            self._free.put(row)
 
 
 def _pages(nbytes: int) -> mmap.mmap:

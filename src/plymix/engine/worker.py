@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import numpy as np
 from plymix import kernels
 from plymix.adapters import placing
 from plymix.engine import Progress, ProgressCallback, rounding
-from plymix.engine.files import Buffers, steps
+from plymix.engine.files import PAGE, Buffers, Outbox, steps
 from plymix.engine.work import CHUNK, ChunkItem, SumItem, WholeItem, chunk_of
 from plymix.expr import (
     Call,
@@ -39,8 +40,8 @@ from plymix.registry import get_method
 if TYPE_CHECKING:
     from plymix.engine import Job
 
-WRITTEN = 1 << 18
-"""Elements of a whole tensor cast and written at a time: what the file takes is still in cache."""
+WRITTEN = 1 << 20
+"""Bytes written at a time of what is computed in float32: fewer take the disk longer in all."""
 
 HELD = 1 << 21
 """Elements of LoRAs' factors that a worker keeps for the chunks that follow; of those for a larger
@@ -58,6 +59,8 @@ class Worker:
     def __init__(self, job: Job, buffers: Buffers) -> None:
         self.job = job
         self.buffers = buffers
+        self.out = Outbox(job.target)
+        self._row: _Row | None = None  # what of the output is being filled
         self._pool = Pool()
         self._sums: dict[Any, kernels.Sum] = {}
         self._changes: dict[Any, Callable[[int, int], Any]] = {}
@@ -67,6 +70,11 @@ class Worker:
     def run(self, item: SumItem | ChunkItem | WholeItem) -> None:
         with np.errstate(all="ignore"):  # infinities and NaN of the result are counted and told
             self._run(item)
+        self._flush()
+
+    def close(self) -> None:
+        """Wait until all that was computed is written."""
+        self.out.close()
 
     def _run(self, item: SumItem | ChunkItem | WholeItem) -> None:
         match item:
@@ -113,9 +121,11 @@ class Worker:
                 source = self.job.sources[o.source]
                 source.read_at(o.file, o.offset + first * o.size, buffer)
                 inputs.append(buffer)
-            out = self.buffers(0, nbytes, item.at + start)
+            out = self.out.room(nbytes, item.at + start)
             finite = total(n, inputs, out)
-            self._put(item.at + start, out, item.dtype, finite)
+            if not finite:
+                self._look(item.at + start, out, item.dtype)
+            self.out.put(item.at + start, out)
             self.job.add(nbytes)
 
     def _sum_on_device(self, item: SumItem) -> None:
@@ -158,28 +168,46 @@ class Worker:
             self._store(tensor, start, self.evaluate(tensor.expr, (start, n)))
             self.job.add(n * size)
 
-    def _put(self, at: int, data: Any, dtype: str, finite: bool = False) -> None:
-        """Write what was computed, and remember where it holds infinities or NaN."""
+    def _put(self, at: int, data: Any, dtype: str) -> None:
+        """Write what was computed in memory of its own."""
+        self._look(at, data, dtype)
         self.job.target.write_at(at, data)
-        if not finite and kernels.nonfinite(data, dtype):
+
+    def _look(self, at: int, data: Any, dtype: str) -> None:
+        """Remember where the result holds infinities or NaN."""
+        if kernels.nonfinite(data, dtype):
             self.job.spoilt.append((at, at + len(memoryview(data).cast("B"))))
 
     def _store(self, tensor: Tensor, start: int, value: Any) -> None:
-        """Write `value`, elements of `tensor` from `start` on: cast and written piece by piece."""
+        """Cast `value`, elements of `tensor` from `start` on, and write it with what follows."""
         flat = np.ascontiguousarray(_to_numpy(value), np.float32).reshape(-1)
         size = BITS[tensor.dtype] // 8
-        for at in range(0, flat.size, WRITTEN):
-            piece = flat[at : at + WRITTEN]
-            offset = tensor.offset + (start + at) * size
-            data = self.buffers(0, piece.size * size, offset)
-            out = np.frombuffer(data, kernels.NUMPY[tensor.dtype])
-            for i in range(0, piece.size, CHUNK):
-                values = piece[i : i + CHUNK]
-                if tensor.noise is not None:
-                    first = tensor.first + start + at + i
-                    values = rounding.by_chance(values, tensor.dtype, tensor.noise, first)
-                kernels.best_backend().narrow(values, tensor.dtype, out[i : i + CHUNK])
-            self._put(offset, data, tensor.dtype)
+        done = 0
+        while done < flat.size:
+            offset = tensor.offset + (start + done) * size
+            row = self._row
+            if row is None or (row.end, row.dtype) != (offset, tensor.dtype):
+                self._flush()
+                room = WRITTEN - offset % PAGE  # so that it ends where a page does
+                row = self._row = _Row(offset, self.out.room(room, offset), tensor.dtype)
+            out = np.frombuffer(row.rest, kernels.NUMPY[tensor.dtype], len(row.rest) // size)
+            values = flat[done : done + min(out.size, CHUNK)]
+            if tensor.noise is not None:
+                first = tensor.first + start + done
+                values = rounding.by_chance(values, tensor.dtype, tensor.noise, first)
+            kernels.best_backend().narrow(values, tensor.dtype, out[: values.size])
+            done += values.size
+            row.filled += values.size * size
+            if len(row.rest) < size:
+                self._flush()
+
+    def _flush(self) -> None:
+        """Have written what `_store` has cast."""
+        row, self._row = self._row, None
+        if row is not None:
+            data = row.data[: row.filled]
+            self._look(row.at, data, row.dtype)
+            self.out.put(row.at, data)
 
     def evaluate(self, expr: Expr, part: tuple[int, int] | None = None) -> Any:
         """`expr` as a float32 array: whole, or elements [start, start + n) of it, flat.
@@ -304,6 +332,24 @@ class Worker:
             params["state"] = self.job.state[call.step]
         with self._pool.serving():
             return method.function(*positional(method, args, call.models), **params)
+
+
+@dataclass
+class _Row:
+    """Bytes of the output from `at` on, of which the first `filled` are there."""
+
+    at: int
+    data: memoryview
+    dtype: str
+    filled: int = 0
+
+    @property
+    def end(self) -> int:
+        return self.at + self.filled
+
+    @property
+    def rest(self) -> memoryview:
+        return self.data[self.filled :]
 
 
 def _factors(term: tuple[float, Delta]) -> int:
