@@ -187,6 +187,19 @@ def test_geometric_sum_is_the_real_part_of_a_complex_power(abc, alpha):
     same(elementwise.geometric_sum(a, b, alpha=alpha), (x ** (1 - alpha) * y**alpha).real)
 
 
+def test_geometric_sum_of_numbers_far_apart():
+    """Ratios that no float32 holds, zeros, infinities and NaN among ordinary numbers."""
+    odd = [0, -0.0, 1e-44, -1e-38, 1e-20, 2, -3, 1e20, 3e38, np.inf, -np.inf, np.nan]
+    a, b = (x.ravel() for x in np.meshgrid(np.float32(odd), np.float32(odd)))
+    x, y = wide(a, b)
+    with np.errstate(all="ignore"):
+        turn = np.where(np.signbit(x) == np.signbit(y), 1, math.cos(0.3 * math.pi))
+        expected = np.copysign(np.abs(x) ** 0.7 * np.abs(y) ** 0.3, x) * turn
+        expected = expected.astype(np.float32)
+        found = elementwise.geometric_sum(a, b, alpha=0.3)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-44)
+
+
 @pytest.mark.parametrize("alpha", [0, 0.3, 1])
 @pytest.mark.parametrize("beta", [0, 0.6, 1])
 def test_multiply_difference(abc, alpha, beta):

@@ -265,20 +265,24 @@ def signed(size: Array, x: Array) -> Array:
     return signs.view(x.dtype)
 
 
-def turned(size: Array, a: Array, b: Array, factor: float) -> Array:
-    """`size`, which is nowhere negative and is overwritten, with the signs of `a`, and `factor`
-    times that where the sign of `b` is another."""
-    if not is_numpy_array(a):
-        return signed(size, a) * choose((a < 0) ^ (b < 0), factor, 1.0)
-    bits = np.dtype(f"i{a.itemsize}")
-    one, other = (np.asarray(v, a.dtype).view(bits) for v in (1.0, factor))
-    k = a.view(bits) ^ b.view(bits)
-    k >>= 8 * a.itemsize - 1  # all bits where the signs differ
+def turning(x: Array, factor: float) -> Array:
+    """`factor` where the sign of `x` is minus, else 1; of a numpy array."""
+    bits = np.dtype(f"i{x.itemsize}")
+    one, other = (np.asarray(v, x.dtype).view(bits) for v in (1.0, factor))
+    k = x.view(bits) >> (8 * x.itemsize - 1)  # all bits where it is minus
     k &= one ^ other
     k ^= one
-    k ^= a.view(bits) & np.iinfo(bits).min
-    size *= k.view(a.dtype)
-    return size
+    return k.view(x.dtype)
+
+
+def outside(x: Array, low: float, high: float) -> Array:
+    """Where sizes in a flat numpy array are not in `low..high`, 0, infinities and NaN among them:
+    their indices."""
+    bits = np.dtype(f"u{x.itemsize}")
+    least, most = (np.asarray(v, x.dtype).view(bits) for v in (low, high))
+    above = x.view(bits) - least  # what is below wraps around
+    span = most - least
+    return np.flatnonzero(above > span) if above.max(initial=0) > span else np.empty(0, np.intp)
 
 
 def clip(

@@ -7,17 +7,22 @@ from functools import reduce
 from operator import imul
 from typing import Annotated
 
+import numpy as np
+from array_api_compat import is_numpy_array
+
 from plymix.methods import Array
 from plymix.methods.arrays import (
     Rng,
     choose,
     clip,
+    flatten,
     lerp,
     magnitude,
     namespace,
     normal,
+    outside,
     signed,
-    turned,
+    turning,
 )
 from plymix.methods.linear import keeps_scale
 from plymix.registry import Range, Share, method
@@ -39,12 +44,32 @@ def geometric_sum(a: Array, b: Array, *, alpha: Share = 0.5) -> Array:
     """
     if alpha in (0, 1):
         return b if alpha else a
+    turn = math.cos(math.pi * alpha)  # cos(pi (1 - x)) = -cos(pi x)
+    if not is_numpy_array(a):
+        return _powers(a, b, alpha, turn)
+    x, y = flatten(a), flatten(b)
+    with np.errstate(all="ignore"):
+        # A |B / A|^alpha: a logarithm and its inverse take half as long as two powers, and those of
+        # a ratio near 1 lose no digits.
+        r = y / x
+        factor = turning(r, turn)
+        np.abs(r, out=r)
+        odd = outside(r, 2.0**-64, 2.0**64)
+        np.log(r, out=r)
+        r *= alpha
+        np.exp(r, out=r)
+        r *= x
+        r *= factor
+        if odd.size:
+            r[odd] = _powers(x[odd], y[odd], alpha, turn)
+    return r.reshape(a.shape)
+
+
+def _powers(a: Array, b: Array, alpha: float, turn: float) -> Array:
+    """`geometric_sum` as it is written."""
     xp = namespace(a, b)
-    r, size = xp.abs(a), xp.abs(b)
-    r **= 1 - alpha
-    size **= alpha
-    r *= size
-    return turned(r, a, b, math.cos(math.pi * alpha))  # cos(pi (1 - x)) = -cos(pi x)
+    size = xp.abs(a) ** (1 - alpha) * xp.abs(b) ** alpha
+    return signed(size, a) * choose((a < 0) ^ (b < 0), turn, 1.0)
 
 
 @method("elementwise")
@@ -67,14 +92,16 @@ def multiply_difference(
     """
     if alpha == beta and alpha in (0, 1):
         return b if alpha else a
+    x, y = a - c, b - c
+    sign = x * (1 - beta)
+    sign += y * beta
     sizes = []
-    for x, e in ((a, 1 - alpha), (b, alpha)):
+    for d, e in ((x, 1 - alpha), (y, alpha)):
         if e:  # 0 ** 0 is 1 and would move what a model left alone
-            size = magnitude(x - c)
+            size = magnitude(d)
             size **= e
             sizes.append(size)
-    r = reduce(imul, sizes)
-    r = signed(r, lerp(a, b, beta) - c)
+    r = signed(reduce(imul, sizes), sign)
     r += c
     return r
 
