@@ -29,7 +29,9 @@ MIB_LINEAR = 64
 MIB_LARGEST = 49408 * 768 * 4 / 2**20  # SD1.5's token embedding in float32
 WORKERS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 MIB_TENSOR = MIB_LINEAR + 4 * MIB_LARGEST * WORKERS
-"""Peak memory: linear merges; methods that hold whole tensors, 4 per worker."""
+MIB_ELEMENTWISE = MIB_LINEAR + 16 * (WORKERS - 1)
+"""Peak memory: linear merges; methods that hold whole tensors, 4 per worker; element-wise ones,
+which have a process for each worker but the first."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,9 @@ CASES: tuple[Case, ...] = (
         },
     ),
     *(
-        recipe_case(name, f"element-wise: {name}", step(name, m, **p), m, ratio=3.0, mib=MIB_LINEAR)
+        recipe_case(
+            name, f"element-wise: {name}", step(name, m, **p), m, ratio=3.0, mib=MIB_ELEMENTWISE
+        )
         for name, m, p in (
             ("geometric_sum", "ab", {"alpha": 0.3}),
             ("multiply_difference", "abc", {"alpha": 0.5}),

@@ -3,7 +3,8 @@
 Time of day, processor time (user and system, with that of its children) and peak resident memory
 come from the kernel's account of the child itself (wait4). A child begins as a copy of its parent
 and inherits its peak: the runner must stay smaller than what it measures, so it imports nothing
-but the standard library.
+but the standard library. Where a child has children, their memory counts with its own: the largest
+sum that was seen, ten times a second, with what they share counted once.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -69,6 +71,8 @@ def process(
 
         timer = threading.Timer(limit, end)
         timer.start()
+        together = Together(child.pid)
+        together.start()
         try:
             _, status, used = os.wait4(child.pid, 0)
         except BaseException:  # Ctrl-C: the child has a session of its own
@@ -77,7 +81,8 @@ def process(
             raise
         finally:
             timer.cancel()
-        wall = time.perf_counter() - start
+            wall = time.perf_counter() - start
+            together.stop()
         child.returncode = os.waitstatus_to_exitcode(status)
         error = ""
         if late.is_set():
@@ -88,7 +93,46 @@ def process(
             error = lines[-1].strip() if lines else f"exit code {child.returncode}"
             error = error.replace(f"{folder}/", "")
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
-    return Usage(wall, used.ru_utime + used.ru_stime, used.ru_maxrss * unit / 2**20, error)
+    mib = max(used.ru_maxrss * unit / 2**20, together.mib)
+    return Usage(wall, used.ru_utime + used.ru_stime, mib, error)
+
+
+class Together(threading.Thread):
+    """Watches a process and its descendants while it has any: the most memory of all, in MiB."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        self.pid = pid
+        self.mib = 0.0
+        self._done = threading.Event()
+
+    def run(self) -> None:
+        while not self._done.wait(0.1):
+            found = list(family(self.pid))
+            if len(found) > 1:
+                self.mib = max(self.mib, sum(map(proportional, found)))
+
+    def stop(self) -> None:
+        self._done.set()
+        self.join()
+
+
+def family(pid: int) -> Iterator[int]:
+    """A process and its descendants, by Linux's account."""
+    yield pid
+    for listed in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):
+            for child in listed.read_text().split():
+                yield from family(int(child))
+
+
+def proportional(pid: int) -> float:
+    """A process's resident memory in MiB; what n of them share counts 1 / n. 0 if it is gone."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) / 1024
+    return 0.0
 
 
 def clear(folder: Path) -> None:

@@ -162,3 +162,16 @@ def test_machine(tmp_path):
     assert "Python 3." in text
     assert str(tmp_path) not in text
     assert "/" not in machine.filesystem(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the account of a family is Linux's")
+def test_memory_of_a_family_is_counted_together(tmp_path):
+    (tmp_path / "use.py").write_text(
+        "import os, time\n"
+        "child = os.fork()\n"
+        "x = b'1' * (40 << 20)\n"  # each has its own
+        "time.sleep(0.5)\n"
+        "child and os.wait()\n"
+    )
+    found = measure.process(f"{sys.executable} use.py", tmp_path, os.environ)
+    assert 80 < found.mib < 120

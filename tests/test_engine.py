@@ -1,5 +1,6 @@
 """The engine: work items, every way of moving bytes, and where it may not guess."""
 
+import errno
 import os
 import threading
 from itertools import count
@@ -14,7 +15,7 @@ import plymix
 from plymix import engine, kernels, plan
 from plymix.cli import screen
 from plymix.engine import work, worker
-from plymix.engine.files import AtomicFile, Buffers, steps
+from plymix.engine.files import AtomicFile, Buffers, Outbox, steps
 from plymix.errors import Cancelled, Failure, Refusal
 from plymix.expr import Leaf, Sum, Tensor
 from plymix.formats import Handle, TensorInfo
@@ -364,3 +365,41 @@ def test_a_first_pass_tells_how_far_it_is(tmp_path, monkeypatch):
     with pytest.raises(Cancelled):
         result_bytes(found, progress=lambda now: seen.append(now) or len(seen) < 5)
     assert len(seen) == 5
+
+
+class Slow:
+    """A target whose writes wait for the disk; from the second on it is full."""
+
+    waits = True
+
+    def __init__(self, most):
+        self.most, self.written = most, {}
+
+    def write_at(self, offset, data):
+        if len(self.written) == self.most:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.written[offset] = bytes(data)
+
+
+def test_what_is_handed_over_is_written_in_the_end():
+    out = Outbox(target := Slow(100))
+    for i in range(9):
+        room = out.room(1000, 1000 * i)
+        room[:] = bytes([i]) * 1000
+        out.put(1000 * i, room)
+    out.close()
+    assert target.written == {1000 * i: bytes([i]) * 1000 for i in range(9)}
+    assert out._thread is None
+
+
+def test_a_write_that_fails_later_is_told():
+    out = Outbox(Slow(1))
+    for i in range(2):
+        out.put(i, out.room(10, i))
+    with pytest.raises(OSError, match="No space left"):
+        out.close()
+    out = Outbox(Slow(0))
+    out.put(0, out.room(10, 0))
+    out.put(1, out.room(10, 1))  # there are two rows: the third is the first, which has failed
+    with pytest.raises(OSError, match="No space left"):
+        out.room(10, 2)

@@ -1,9 +1,10 @@
-"""Plan -> file: read, compute, cast, write, in any number of threads, in bounded memory.
+"""Plan -> file: read, compute, cast, write, by threads or processes, in bounded memory.
 
-The plan is cut into work items (`work`). An item owns a range of the output, so threads never meet
+The plan is cut into work items (`work`). An item owns a range of the output, so workers never meet
 and the bytes do not depend on who does what, or when. Copies are moved here; what has to be
 computed goes to a `worker`, which is imported with all its arithmetic when there is such work,
-while other threads copy. `files` says where the bytes go.
+while other threads copy. `processes` divides it among copies of this process where threads would
+wait for each other. `files` says where the bytes go.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,7 +58,11 @@ __all__ = [
 COPIED = 1 << 20
 """Bytes read and written at a time where nothing is computed."""
 
-WAITING = 2
+WORTH = 64 << 20
+"""Bytes that methods make, beyond sums, from which on processes are worth their start and memory.
+Sums stay within 64 MiB, and gain less."""
+
+WAITING = 1
 """Threads more than processors where each waits for the disk to take what it wrote. Where there is
 more to compute than that, they would only take turns."""
 
@@ -109,8 +114,15 @@ def perform(
     *,
     threads: int = 0,
     progress: ProgressCallback | None = None,
+    copies: bool = False,
+    meanwhile: Callable[[], object] = lambda: None,
 ) -> None:
-    """Write every one of `tensors` to the job's target. Raises Cancelled or Failure."""
+    """Write every one of `tensors` to the job's target. Raises Cancelled or Failure.
+
+    With `copies` what takes long is computed by copies of this process, where it may be copied; the
+    target's writes must need nothing but its open files then. `meanwhile` is called when they are
+    made: it may start threads.
+    """
     work = items(tensors)
     total = sum(item.nbytes for item in work)
     for at, source in enumerate(job.sources):
@@ -122,49 +134,49 @@ def perform(
 
         prepare(job, tensors, progress)
     began = time.monotonic()
-    position = iter(_scheduled(work))
 
-    def work_off(ending: ExitStack) -> None:
-        buffers = Buffers()
-        worker: Worker | None = None
-        while not job.stop:
-            with job.lock:
-                item = next(position, None)
-            if item is None:
-                return
-            if isinstance(item, CopyItem):
-                _copy(job, item, buffers)
-                continue
-            if worker is None:
-                from plymix.engine.worker import Worker
-
-                worker = Worker(job, buffers)
-                ending.callback(worker.close)
-            worker.run(item)
-
-    def loop() -> None:
-        try:
-            with ExitStack() as ending:
-                work_off(ending)
-        except BaseException as e:
-            with job.lock:
-                job.error = job.error or e
+    def tell() -> None:
+        now = Progress("merging", job.done, total, time.monotonic() - began)
+        if progress is not None and not job.stop and progress(now) is False:
             job.halt()
 
     count = threads or available_cpus()
+    slow = sum(item.nbytes for item in work if isinstance(item, (ChunkItem, WholeItem)))
+    local = job.device == "cpu" and not any(source.remote for source in job.sources)
+    if copies and local and count > 1 and slow >= WORTH:
+        from plymix.engine import processes
+
+        if processes.able():
+            crew = processes.start(job, work, min(count, len(work)) - 1)
+            try:
+                meanwhile()
+            except BaseException:
+                processes.stop(crew)
+                raise
+            processes.perform(crew, job, work, _scheduled(work), tell)
+            if job.stop:
+                raise Cancelled("stopped; nothing was written")
+            return
+    meanwhile()
     if not threads and job.target.waits and all(map(_light, work)):
         count += WAITING
-    count = min(count, max(1, len(work)))
-    pool = [threading.Thread(target=loop, daemon=True) for _ in range(count)]
+    _in_threads(job, work, min(count, max(1, len(work))), tell)
+
+
+def _in_threads(job: Job, work: Sequence[Item], count: int, tell: Callable[[], None]) -> None:
+    """Have `work` done by `count` threads of this process."""
+    take = taking(job, _scheduled(work))
+    pool = [
+        threading.Thread(target=lend_a_hand, args=(job, work, take), daemon=True)
+        for _ in range(count)
+    ]
     for thread in pool:
         thread.start()
     try:
         working = pool
         while working:
             working = [thread for thread in pool if thread.is_alive()]
-            now = Progress("merging", job.done, total, time.monotonic() - began)
-            if progress is not None and not job.stop and progress(now) is False:
-                job.halt()
+            tell()
             for thread in working[:1]:
                 thread.join(0.1)
     except BaseException as e:  # Ctrl-C, or the callback's own error
@@ -187,32 +199,80 @@ def _light(item: Item) -> bool:
     return isinstance(item, CopyItem)
 
 
-def _scheduled(work: Sequence[Item]) -> Iterator[Item]:
-    """What is computed, after the copies but for its first item.
+def _scheduled(work: Sequence[Item]) -> list[int]:
+    """The indices of what is computed, after those of the copies but for its first item.
 
     The thread that gets that one imports the arithmetic; the others have something to do meanwhile.
     """
-    computed = [item for item in work if not isinstance(item, CopyItem)]
-    yield from computed[:1]
-    yield from (item for item in work if isinstance(item, CopyItem))
-    yield from computed[1:]
+    copied = [i for i, item in enumerate(work) if isinstance(item, CopyItem)]
+    computed = [i for i, item in enumerate(work) if not isinstance(item, CopyItem)]
+    return computed[:1] + copied + computed[1:]
 
 
-def _copy(job: Job, item: CopyItem, buffers: Buffers) -> None:
-    handle = job.sources[item.source].handles[item.file]
-    moved = 0
-    while moved < item.nbytes:
-        n = job.target.copy_from(handle, item.offset + moved, item.at + moved, item.nbytes - moved)
-        if not n:
-            break
-        moved += n
-        job.add(n)
-    for start, n in steps(item.at + moved, item.nbytes - moved, COPIED):
-        at = item.at + moved + start
-        buffer = buffers(0, n, at)
-        handle.read_at(item.offset + moved + start, buffer)
-        job.target.write_at(at, buffer)
-        job.add(n)
+def taking(job: Job, order: Iterable[int]) -> Callable[[], int | None]:
+    """What gives one of `order` after the other, to whoever asks, and then None."""
+    position = iter(order)
+
+    def take() -> int | None:
+        with job.lock:
+            return next(position, None)
+
+    return take
+
+
+def lend_a_hand(job: Job, work: Sequence[Item], take: Callable[[], int | None]) -> None:
+    """A thread's part of `work`."""
+    try:
+        with closing(Hand(job)) as hand:
+            while not job.stop and (index := take()) is not None:
+                hand.do(work[index])
+    except BaseException as e:
+        with job.lock:
+            job.error = job.error or e
+        job.halt()
+
+
+class Hand:
+    """What one thread or process does items with: its buffers, and a worker from when it needs one.
+
+    Close it to have all written.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self._buffers = Buffers()
+        self._worker: Worker | None = None
+
+    def do(self, item: Item) -> None:
+        if isinstance(item, CopyItem):
+            self._copy(item)
+            return
+        if self._worker is None:
+            from plymix.engine.worker import Worker
+
+            self._worker = Worker(self.job, self._buffers)
+        self._worker.run(item)
+
+    def close(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
+
+    def _copy(self, item: CopyItem) -> None:
+        job, moved = self.job, 0
+        handle = job.sources[item.source].handles[item.file]
+        while moved < item.nbytes:
+            left = item.nbytes - moved
+            n = job.target.copy_from(handle, item.offset + moved, item.at + moved, left)
+            if not n:
+                break
+            moved += n
+            job.add(n)
+        for start, n in steps(item.at + moved, item.nbytes - moved, COPIED):
+            at = item.at + moved + start
+            buffer = self._buffers(0, n, at)
+            handle.read_at(item.offset + moved + start, buffer)
+            job.target.write_at(at, buffer)
+            job.add(n)
 
 
 @dataclass(frozen=True)
@@ -255,8 +315,21 @@ def write(
         job = Job(sources, within, device=device)
         values = _Late(late or {}, lambda: job.stop)
         try:
-            with flushing(target.files):
-                perform(job, tensors, threads=threads, progress=progress)
+            with ExitStack() as beside:
+
+                def meanwhile() -> None:
+                    values.start()
+                    beside.enter_context(flushing(target.files))
+
+                alone = layout.through is None  # what it keeps in memory, a copy would keep apart
+                perform(
+                    job,
+                    tensors,
+                    threads=threads,
+                    progress=progress,
+                    copies=alone,
+                    meanwhile=meanwhile,
+                )
             found = values.wait(progress, began)
         except BaseException:
             job.halt()
@@ -334,11 +407,13 @@ class _Late:
             except BaseException as e:
                 self.error = e
 
-        self._threads = [
-            threading.Thread(target=loop, daemon=True) for _ in range(min(2, len(late)))
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._loop = loop
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        for _ in range(min(2, self._total)):
+            self._threads.append(threading.Thread(target=self._loop, daemon=True))
+            self._threads[-1].start()
 
     def wait(self, progress: ProgressCallback | None, began: float) -> dict[str, str]:
         while alive := [t for t in self._threads if t.is_alive()]:
