@@ -188,7 +188,7 @@ class Worker:
             row = self._row
             if row is None or (row.end, row.dtype) != (offset, tensor.dtype):
                 self._flush()
-                room = WRITTEN - offset % PAGE  # so that it ends where a page does
+                room = max(WRITTEN, 2 * PAGE) - offset % PAGE  # so that it ends where a page does
                 row = self._row = _Row(offset, self.out.room(room, offset), tensor.dtype)
             out = np.frombuffer(row.rest, kernels.NUMPY[tensor.dtype], len(row.rest) // size)
             values = flat[done : done + min(out.size, CHUNK)]
