@@ -1,6 +1,7 @@
 """The benchmark harness: pairing, medians, memory account, tables, recipes."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -173,5 +174,9 @@ def test_memory_of_a_family_is_counted_together(tmp_path):
         "time.sleep(0.5)\n"
         "child and os.wait()\n"
     )
-    found = measure.process(f"{sys.executable} use.py", tmp_path, os.environ)
-    assert 80 < found.mib < 120
+    with subprocess.Popen([sys.executable, tmp_path / "use.py"]) as process:
+        together = measure.Together(process.pid)
+        together.start()
+        process.wait()
+        together.stop()
+    assert 80 < together.mib < 120

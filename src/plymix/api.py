@@ -517,8 +517,10 @@ def run(
     if progress is not None and not callable(progress):
         raise Refusal(f"progress is {progress!r}, not a function to be called with a Progress")
     notes: list[str] = []
+    _laid_out(plan, path, {}, configs, [])  # what is refused is, before models are looked into
     said = metadata.build(plan, hashing(progress, (), len(plan.inputs)))
     tensors, layout = _laid_out(plan, path, said, configs, notes)
+    notes.extend(_damaged_ids(plan))
     notes.extend(_replaced(plan, path, layout))
     late = {metadata.pending(i): _hasher(i.source.files, plan.recipe, i) for i in plan.inputs}
     sources = plan.sources
@@ -573,7 +575,6 @@ def _laid_out(
     if layout.index:
         names = (layout.index, *(part.name for part in layout.parts))
         outputs.writable(path, beside=max(map(len, names)) - len(path.name))
-    notes.extend(_damaged_ids(plan))
     return tensors, layout
 
 
@@ -606,8 +607,7 @@ def rehearsed(
         _laid_out(plan, path, {}, configs, notes)
     elif configs:
         raise Refusal("--configs is for diffusers folders; name one (-o FOLDER), or leave it out")
-    else:
-        notes.extend(_damaged_ids(plan))
+    notes.extend(_damaged_ids(plan))
     found = explained(plan)
     return replace(found, notes=(*found.notes, *notes))
 
