@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -169,3 +170,23 @@ def test_who_may_be_copied(monkeypatch):
     monkeypatch.setattr(threading, "active_count", lambda: 1)
     monkeypatch.setitem(sys.modules, "torch", object())
     assert not processes.able()
+
+
+def test_what_goes_wrong_here_is_told_while_others_go_on(tmp_path, monkeypatch, crews):
+    """Not that it was stopped, which it was in consequence."""
+    monkeypatch.setattr(engine.work, "SPAN", 1 << 13)
+    here, run = os.getpid(), worker.Worker.run
+
+    def full(*args):
+        if os.getpid() == here:
+            time.sleep(0.1)
+            raise OSError(errno.ENOSPC, "No space left")
+        run(*args)
+
+    found = recipe(tmp_path, ONE)
+    monkeypatch.setattr(worker.Worker, "run", full)
+    with pytest.raises(Failure, match=r"no room for o\.safetensors"):
+        plymix.merge(  # while it is asked to wait, the thread fails and processes say what they did
+            found, tmp_path / "o.safetensors", threads=3, progress=lambda now: time.sleep(0.3)
+        )
+    assert crews

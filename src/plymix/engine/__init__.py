@@ -143,29 +143,29 @@ def perform(
     count = threads or available_cpus()
     slow = sum(item.nbytes for item in work if isinstance(item, (ChunkItem, WholeItem)))
     local = job.device == "cpu" and not any(source.remote for source in job.sources)
-    if copies and local and count > 1 and slow >= WORTH:
+    copies = copies and local and count > 1 and slow >= WORTH
+    if copies:
         from plymix.engine import processes
 
-        if processes.able():
-            crew = processes.start(job, work, min(count, len(work)) - 1)
-            try:
-                meanwhile()
-            except BaseException:
-                processes.stop(crew)
-                raise
-            processes.perform(crew, job, work, _scheduled(work), tell)
-            if job.stop:
-                raise Cancelled("stopped; nothing was written")
-            return
-    meanwhile()
-    if not threads and job.target.waits and all(map(_light, work)):
-        count += WAITING
-    _in_threads(job, work, min(count, max(1, len(work))), tell)
+        copies = processes.able()
+    if copies:
+        processes.perform(job, work, _scheduled(work), min(count, len(work)), meanwhile, tell)
+    else:
+        meanwhile()
+        if not threads and job.target.waits and all(map(_light, work)):
+            count += WAITING
+        _in_threads(job, work, _scheduled(work), min(count, max(1, len(work))), tell)
+    if job.error is not None:
+        raise job.error
+    if job.stop:
+        raise Cancelled("stopped; nothing was written")
 
 
-def _in_threads(job: Job, work: Sequence[Item], count: int, tell: Callable[[], None]) -> None:
+def _in_threads(
+    job: Job, work: Sequence[Item], order: Sequence[int], count: int, tell: Callable[[], None]
+) -> None:
     """Have `work` done by `count` threads of this process."""
-    take = taking(job, _scheduled(work))
+    take = taking(job, order)
     pool = [
         threading.Thread(target=lend_a_hand, args=(job, work, take), daemon=True)
         for _ in range(count)
@@ -186,10 +186,6 @@ def _in_threads(job: Job, work: Sequence[Item], count: int, tell: Callable[[], N
             job.halt()
         for thread in pool:
             thread.join()
-    if job.error is not None:
-        raise job.error
-    if job.stop:
-        raise Cancelled("stopped; nothing was written")
 
 
 def _light(item: Item) -> bool:

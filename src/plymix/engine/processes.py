@@ -80,16 +80,23 @@ def stop(crew: Crew) -> None:
 
 
 def perform(
-    crew: Crew, job: Job, work: Sequence[Item], order: Sequence[int], tell: Callable[[], None]
+    job: Job,
+    work: Sequence[Item],
+    order: Sequence[int],
+    count: int,
+    meanwhile: Callable[[], object],
+    tell: Callable[[], None],
 ) -> None:
-    """Have `work` done by the crew and a thread here, in about the given order, and the crew gone.
+    """Have `work` done, in about the given order, by a thread here and `count` - 1 processes.
 
-    `tell` is called a few times a second. Raises what went wrong anywhere.
+    `meanwhile` is called when these are made; `tell` a few times a second. Raises what went wrong
+    in a process; what did in the thread is the job's error.
     """
     from multiprocessing.connection import wait
 
     from plymix.engine import lend_a_hand, taking
 
+    crew = start(job, work, count - 1)
     take = taking(job, order)
     dismissed: set[Connection] = set()
 
@@ -104,6 +111,7 @@ def perform(
     busy = dict(crew)
     thread = threading.Thread(target=lend_a_hand, args=(job, work, take), daemon=True)
     try:
+        meanwhile()
         for connection in crew:
             for _ in range(AHEAD):
                 give(connection)
@@ -126,7 +134,8 @@ def perform(
                 if done is None:
                     busy.pop(connection).join()
                 else:
-                    job.add(work[done].nbytes)
+                    with job.lock:  # not by `add`, which would tell of a stop and not of its cause
+                        job.done += work[done].nbytes
                     give(connection)
         tell()
     except BaseException:
@@ -136,8 +145,6 @@ def perform(
         stop(crew)
         if thread.ident is not None:
             thread.join()
-    if job.error is not None:
-        raise job.error
 
 
 def _ended(code: int | None) -> str:
