@@ -42,7 +42,8 @@ ALLOWED = {
     "plan": BOTTOM | {"pairing", "respelling", "plan", "adapters"},
     "folder": FORMATS | ARCHS | {"plan", "metadata", "images", "folder"},
     "temporary": {"temporary"},
-    "engine": BOTTOM | {"plan", "engine", "gpu", "temporary", "adapters"},
+    "stops": set(),
+    "engine": BOTTOM | {"plan", "engine", "gpu", "stops", "temporary", "adapters"},
 }
 TOP = {"cli", "web"}
 """Imported by nobody but each other and `__main__`."""

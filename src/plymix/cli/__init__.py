@@ -15,13 +15,13 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from itertools import product
 from typing import TYPE_CHECKING
 
+from plymix import stops
 from plymix.cli import screen
 from plymix.errors import PlymixError, Refusal, also, listed, nearest, unknown
 
@@ -88,10 +88,7 @@ def _entry(words: Sequence[str], prog: str = "") -> int:
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")  # plymix has threads of its own, and results stay the same
     gc.set_threshold(1_000_000)  # a plan is tens of thousands of values without a cycle
-    for name in ("SIGTERM", "SIGHUP"):  # a kill, and a terminal that is closed, end as Ctrl-C does
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # not under nohup
-            signal.signal(number, signal.default_int_handler)
+    stops.once()
     return run(words, prog)
 
 
@@ -235,7 +232,7 @@ def _told(error: BaseException) -> tuple[str, int]:
         case PlymixError():
             return str(error), error.exit_code
         case KeyboardInterrupt():
-            return "stopped; nothing was written", 130
+            return str(error) or "stopped; nothing was written", 130
         case OSError():
             name = f": {error.filename}" if error.filename is not None else ""
             return f"{error.strerror or error}{name}", 1

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plymix import urls
+from plymix import stops, urls
 from plymix.engine.files import (
     AtomicFile,
     Buffers,
@@ -136,6 +136,7 @@ def perform(
     began = time.monotonic()
 
     def tell() -> None:
+        stops.heed()
         now = Progress("merging", job.done, total, time.monotonic() - began)
         if progress is not None and not job.stop and progress(now) is False:
             job.halt()
@@ -170,22 +171,13 @@ def _in_threads(
         threading.Thread(target=lend_a_hand, args=(job, work, take), daemon=True)
         for _ in range(count)
     ]
-    for thread in pool:
-        thread.start()
-    try:
+    with stops.running(pool, job.halt):
         working = pool
         while working:
             working = [thread for thread in pool if thread.is_alive()]
             tell()
             for thread in working[:1]:
                 thread.join(0.1)
-    except BaseException as e:  # Ctrl-C, or the callback's own error
-        job.error = job.error or e
-    finally:
-        if job.error is not None:
-            job.halt()
-        for thread in pool:
-            thread.join()
 
 
 def _light(item: Item) -> bool:
@@ -306,35 +298,26 @@ def write(
         file = several(path, layout)
     else:
         file = AtomicFile(path, layout.size, read_back=layout.finish is not None)
-    with file as target:
+    with stops.held(finished(path)), file as target:
         within: Target = target if layout.through is None else layout.through(target)
         job = Job(sources, within, device=device)
         values = _Late(late or {}, lambda: job.stop)
-        try:
-            with ExitStack() as beside:
+        with ExitStack() as beside:
 
-                def meanwhile() -> None:
-                    values.start()
-                    beside.enter_context(flushing(target.files))
+            def meanwhile() -> None:
+                beside.enter_context(stops.running(values.threads, job.halt))
+                beside.enter_context(flushing(target.files))
 
-                alone = layout.through is None  # what it keeps in memory, a copy would keep apart
-                perform(
-                    job,
-                    tensors,
-                    threads=threads,
-                    progress=progress,
-                    copies=alone,
-                    meanwhile=meanwhile,
-                )
+            alone = layout.through is None  # what it keeps in memory, a copy would keep apart
+            perform(
+                job, tensors, threads=threads, progress=progress, copies=alone, meanwhile=meanwhile
+            )
             found = values.wait(progress, began)
-        except BaseException:
-            job.halt()
-            values.join()
-            raise
         for at, piece in patched(layout.pieces, found):
             target.write_at(at, piece)
         if layout.finish is not None:
             for at, piece in layout.finish(target.read_at):
+                stops.heed()
                 target.write_at(at, piece)
         for source in sources:
             if _same_file(source, path):
@@ -342,6 +325,11 @@ def write(
         nonfinite = _nonfinite(job, tensors)
         file.commit()
     return Written(path, layout.size, time.monotonic() - began, nonfinite)
+
+
+def finished(path: Path) -> str:
+    """What to tell of a stop that came when there was nothing left to stop."""
+    return f"stopped; {path.name} was finished before"
 
 
 def _nonfinite(job: Job, tensors: Sequence[Tensor]) -> dict[str, int]:
@@ -403,16 +391,12 @@ class _Late:
             except BaseException as e:
                 self.error = e
 
-        self._loop = loop
-        self._threads: list[threading.Thread] = []
-
-    def start(self) -> None:
-        for _ in range(min(2, self._total)):
-            self._threads.append(threading.Thread(target=self._loop, daemon=True))
-            self._threads[-1].start()
+        count = min(2, len(late))
+        self.threads = [threading.Thread(target=loop, daemon=True) for _ in range(count)]
 
     def wait(self, progress: ProgressCallback | None, began: float) -> dict[str, str]:
-        while alive := [t for t in self._threads if t.is_alive()]:
+        while alive := [t for t in self.threads if t.is_alive()]:
+            stops.heed()
             alive[0].join(0.1)
             seconds = time.monotonic() - began
             now = Progress("hashing the inputs", len(self.found), self._total, seconds)
@@ -421,7 +405,3 @@ class _Late:
         if self.error is not None:
             raise self.error
         return self.found
-
-    def join(self) -> None:
-        for thread in self._threads:
-            thread.join()

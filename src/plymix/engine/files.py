@@ -12,7 +12,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Protocol
 
-from plymix import temporary
+from plymix import stops, temporary
 from plymix.errors import Failure, PlymixError
 from plymix.formats.base import Handle
 
@@ -258,15 +258,10 @@ def flushing(targets: Sequence[FileTarget]) -> Iterator[None]:
                 except OSError:
                     return  # the fsync at the end meets the same error and tells it
 
-    thread = threading.Thread(target=loop, daemon=True)
-    if hasattr(os, "fdatasync"):
-        thread.start()
-    try:
+    pool = [threading.Thread(target=loop, daemon=True)] if hasattr(os, "fdatasync") else []
+    with stops.running(pool, done.set):
         yield
-    finally:
         done.set()
-        if thread.ident is not None:
-            thread.join()
 
 
 class AtomicFile:
@@ -384,6 +379,6 @@ class AtomicFile:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a small file as a whole; one that has the name is replaced. Raises Failure."""
-    with (file := AtomicFile(path, len(data))) as target:
+    with stops.held(), (file := AtomicFile(path, len(data))) as target:
         target.write_at(0, data)
         file.commit()

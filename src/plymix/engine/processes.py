@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any, cast
 
+from plymix import stops
 from plymix.engine.work import Item
 from plymix.errors import Failure
 
@@ -72,11 +73,11 @@ def start(job: Job, work: Sequence[Item], count: int) -> Crew:
 
 def stop(crew: Crew) -> None:
     """End all that still run."""
-    for process in crew.values():
-        process.terminate()
     for connection, process in crew.items():
+        process.terminate()
+        connection.close()  # this is heard also by one that does not obey signals yet
+    for process in crew.values():
         process.join()
-        connection.close()
 
 
 def perform(
@@ -115,36 +116,31 @@ def perform(
         for connection in crew:
             for _ in range(AHEAD):
                 give(connection)
-        thread.start()
-        while (busy or thread.is_alive()) and not job.stop:
-            tell()
-            if not busy:
-                thread.join(0.1)
-            for ready in wait(list(busy), timeout=0.1) if busy else ():
-                connection = cast("Connection", ready)
-                try:
-                    said = connection.recv()
-                except (EOFError, OSError):
-                    busy[connection].join()
-                    raise Failure(_ended(busy[connection].exitcode)) from None
-                if isinstance(said, BaseException):
-                    raise said
-                done, spoilt = said
-                job.spoilt += spoilt
-                if done is None:
-                    busy.pop(connection).join()
-                else:
+        with stops.running([thread], job.halt):
+            while (busy or thread.is_alive()) and not job.stop:
+                tell()
+                if not busy:
+                    thread.join(0.1)
+                for ready in wait(list(busy), timeout=0.1) if busy else ():
+                    connection = cast("Connection", ready)
+                    try:
+                        said = connection.recv()
+                    except (EOFError, OSError):
+                        busy[connection].join()
+                        raise Failure(_ended(busy[connection].exitcode)) from None
+                    if isinstance(said, BaseException):
+                        raise said
+                    done, spoilt = said
+                    job.spoilt += spoilt
+                    if done is None:
+                        busy.pop(connection).join()
+                        continue
                     with job.lock:  # not by `add`, which would tell of a stop and not of its cause
                         job.done += work[done].nbytes
                     give(connection)
-        tell()
-    except BaseException:
-        job.halt()
-        raise
+            tell()
     finally:
         stop(crew)
-        if thread.ident is not None:
-            thread.join()
 
 
 def _ended(code: int | None) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from plymix import kernels
+from plymix import kernels, stops
 from plymix.adapters import placing
 from plymix.engine import Progress, ProgressCallback, rounding
 from plymix.engine.files import PAGE, Buffers, Outbox, steps
@@ -442,6 +442,7 @@ class PlanTensors:
         return tuple(self._worker.evaluate(arg) for arg in self._calls[key].args)
 
     def _tell(self) -> None:
+        stops.heed()
         now = time.monotonic()
         if self._progress is None or now - self._told < 0.1:
             return

@@ -18,10 +18,10 @@ from typing import IO, Any
 
 import numpy as np
 
-from plymix import kernels
+from plymix import kernels, stops
 from plymix.adapters import lowrank
 from plymix.adapters.spelling import Dialect
-from plymix.engine import Progress, ProgressCallback
+from plymix.engine import Progress, ProgressCallback, finished
 from plymix.engine.files import AtomicFile, FileTarget
 from plymix.engine.worker import generator
 from plymix.errors import Cancelled, Refusal
@@ -148,19 +148,14 @@ def computed(
 
     count = min(threads or available_cpus(), max(1, len(parts)))
     pool = [threading.Thread(target=loop, daemon=True) for _ in range(count)]
-    for thread in pool:
-        thread.start()
-    try:
+    with stops.running(pool, stop.set):
         while alive := [thread for thread in pool if thread.is_alive()]:
+            stops.heed()
             now = Progress(what, done[0], total, time.monotonic() - began)
             if progress is not None and progress(now) is False:
                 errors.append(Cancelled("stopped; nothing was written"))
                 stop.set()
             alive[0].join(0.1)
-    finally:
-        stop.set()
-        for thread in pool:
-            thread.join()
     if errors:
         raise errors[0]
     return [f for f in found if f is not None]
@@ -391,9 +386,11 @@ def written(
     words = {**metadata, **{key: "0" * digits for key, digits in HASHES.items()}}
     layout = safetensors.layout(entries, words)
     began = time.monotonic()
-    with (file := AtomicFile(path, layout.size, read_back=True)) as target:
+    file = AtomicFile(path, layout.size, read_back=True)
+    with stops.held(finished(path)), file as target:
         done = 0
         for piece in sorted(pieces, key=lambda p: layout.offsets[p.entry.name]):
+            stops.heed()
             data = _encoded(piece)
             target.write_at(layout.offsets[piece.entry.name], data)
             done += piece.entry.nbytes
