@@ -10,7 +10,7 @@ import pytest
 
 import plymix
 from loras import lora
-from plymix import api, cli, plan, recipe
+from plymix import api, cli, engine, plan, recipe
 from plymix.errors import Cancelled, Refusal
 from plymix.images import Options, Settings, compare, grid, open_backend, rows
 from small import save
@@ -519,7 +519,8 @@ def moves(plans, way):
 def test_the_time_left_is_that_of_pictures(pair, monkeypatch):
     """A model that loads for an hour does not make days of ten pictures."""
     clock, told = [0.0], []
-    monkeypatch.setattr(compare, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    for module in (compare, engine):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
 
     class Slow(Stopping):
         def use(self, plan):

@@ -145,6 +145,8 @@ def test_several_models_may_be_given_by_their_name() -> None:
     assert a.ties(models=[b, c], density=0.5) == a.ties(b, c, density=0.5)
     with pytest.raises(Refusal, match="ties: model 2 is 3, not an expression"):
         a.ties(models=3)
+    with pytest.raises(Refusal, match="rules is not a list of texts"):
+        a.weighted_sum(b, rules=3)  # type: ignore[arg-type]
 
 
 def test_a_part_of_an_expression_may_be_a_path(tmp_path: Path) -> None:

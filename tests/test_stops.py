@@ -209,3 +209,16 @@ def test_threads_that_cannot_start_leave_none(monkeypatch):
         raise AssertionError
     assert [thread.ident is not None for thread in pool] == [True, True, False]
     assert not any(thread.is_alive() for thread in pool)
+
+
+def test_what_is_called_back_is_stopped_at_once(models):
+    """Whose function takes long, or waits for something, need not wait for the end of it."""
+    inputs = contents(models)
+
+    def waits(progress):
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("it goes on")
+
+    with pytest.raises(KeyboardInterrupt):
+        merged(models, 0.5, progress=waits)
+    assert contents(models) == inputs

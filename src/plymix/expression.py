@@ -310,8 +310,8 @@ def merge_method(
     for i, x in enumerate(given, 1):
         if x is not None and not isinstance(x, Expression):
             raise Refusal(f"{name}: model {i} is {x!r}, not an expression; write plymix.model(...)")
-    rules = (rules,) if isinstance(rules, str) else tuple(rules)
-    made = _merge(name, tuple(given), params, rules, seed)
+    said: Any = rules if isinstance(rules, (list, tuple)) else [rules]
+    made = _merge(name, tuple(given), params, tuple(said), seed)
     # Fields and numbers of models are the recipe's to check, so it is asked at once.
     names = ["" if x is None else f"m{i}" for i, x in enumerate(given)]
     step = made.fields(names)

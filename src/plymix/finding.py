@@ -79,10 +79,9 @@ def hashing(
     def stopped() -> bool:
         if progress is None:
             return False
-        from plymix.engine import Progress
+        from plymix.engine import goes_on
 
-        seconds = time.monotonic() - began
-        return progress(Progress("hashing the inputs", len(found), total, seconds)) is False
+        return not goes_on(progress, "hashing the inputs", len(found), total, began)
 
     return stopped
 

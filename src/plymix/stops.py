@@ -21,17 +21,20 @@ NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
 class _Held:
-    """Stops that wait, with what would have been done about them."""
+    """The first stop waits, until `heeded`; what comes later is done about as ever."""
 
     def __init__(self) -> None:
         self.handlers: dict[int, Callable[[int, Any], Any]] = {}
         self.came: tuple[int, float] | None = None
         self.heeded = False
+        self.open = False  # it need not wait
 
     def __call__(self, number: int, frame: Any) -> None:
-        if self.came is None:
-            self.came = number, time.monotonic()
-        elif self.heeded or time.monotonic() - self.came[1] > PATIENCE:
+        now = time.monotonic()
+        late = self.came is not None and now - self.came[1] > PATIENCE
+        self.came = self.came or (number, now)
+        if self.open or self.heeded or late:
+            self.heeded = True
             self.handlers[number](number, frame)
 
     def heed(self) -> None:
@@ -72,10 +75,25 @@ def held(late: str = "") -> Iterator[None]:
         raise KeyboardInterrupt(*[late] * bool(late)) from None
 
 
+@contextmanager
+def heeded() -> Iterator[None]:
+    """A stop that came, or comes meanwhile, takes effect: it raises KeyboardInterrupt, mostly."""
+    if _held is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    here = _held
+    here.heed()
+    here.open = True
+    try:
+        yield
+    finally:
+        here.open = False
+
+
 def heed() -> None:
-    """Let a stop that is held take effect here: most often, raise KeyboardInterrupt."""
-    if _held is not None and threading.current_thread() is threading.main_thread():
-        _held.heed()
+    """Let a stop that came take effect here."""
+    with heeded():
+        pass
 
 
 @contextmanager

@@ -81,6 +81,15 @@ ProgressCallback = Callable[[Progress], object]
 """Called a few times a second from the calling thread. Returning False stops the merge cleanly."""
 
 
+def goes_on(
+    progress: ProgressCallback | None, phase: str, done: int, total: int, began: float
+) -> bool:
+    """Tell how far the work is that `began`; whether it goes on. Ctrl-C takes effect here."""
+    with stops.heeded():
+        now = Progress(phase, done, total, time.monotonic() - began)
+        return progress is None or progress(now) is not False
+
+
 @dataclass
 class Job:
     """What the workers share: inputs, target, `prepare` states, progress, the wish to stop."""
@@ -136,9 +145,7 @@ def perform(
     began = time.monotonic()
 
     def tell() -> None:
-        stops.heed()
-        now = Progress("merging", job.done, total, time.monotonic() - began)
-        if progress is not None and not job.stop and progress(now) is False:
+        if not job.stop and not goes_on(progress, "merging", job.done, total, began):
             job.halt()
 
     count = threads or available_cpus()
@@ -396,11 +403,9 @@ class _Late:
 
     def wait(self, progress: ProgressCallback | None, began: float) -> dict[str, str]:
         while alive := [t for t in self.threads if t.is_alive()]:
-            stops.heed()
             alive[0].join(0.1)
-            seconds = time.monotonic() - began
-            now = Progress("hashing the inputs", len(self.found), self._total, seconds)
-            if progress is not None and progress(now) is False:
+            hashed = len(self.found)
+            if not goes_on(progress, "hashing the inputs", hashed, self._total, began):
                 raise Cancelled("stopped; nothing was written")
         if self.error is not None:
             raise self.error

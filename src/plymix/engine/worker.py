@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from plymix import kernels, stops
+from plymix import kernels
 from plymix.adapters import placing
-from plymix.engine import Progress, ProgressCallback, rounding
+from plymix.engine import ProgressCallback, goes_on, rounding
 from plymix.engine.files import PAGE, Buffers, Outbox, steps
 from plymix.engine.work import CHUNK, ChunkItem, SumItem, WholeItem, chunk_of
 from plymix.expr import (
@@ -442,13 +442,11 @@ class PlanTensors:
         return tuple(self._worker.evaluate(arg) for arg in self._calls[key].args)
 
     def _tell(self) -> None:
-        stops.heed()
-        now = time.monotonic()
-        if self._progress is None or now - self._told < 0.1:
+        if time.monotonic() - self._told < 0.1:
             return
-        self._told = now
+        self._told = time.monotonic()
         phase, done, total = "first pass over the tensors", len(self._asked), len(self._calls)
-        if self._progress(Progress(phase, done, total, now - self._began)) is False:
+        if not goes_on(self._progress, phase, done, total, self._began):
             self._worker.job.halt()
 
     def shape(self, key: str) -> tuple[int, ...]:

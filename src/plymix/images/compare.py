@@ -25,7 +25,7 @@ import msgspec
 from plymix import hashes, metadata, outputs
 from plymix import plan as planning
 from plymix import recipe as recipes
-from plymix.engine import Progress, ProgressCallback
+from plymix.engine import ProgressCallback, goes_on
 from plymix.engine.files import write_whole
 from plymix.errors import Cancelled, Refusal
 from plymix.expr import numbered
@@ -104,13 +104,8 @@ class Kitchen:
             began = time.monotonic()
 
             def stopped() -> bool:
-                now = Progress(
-                    "hashing the inputs",
-                    len(self._hashes),
-                    len(self._open),
-                    time.monotonic() - began,
-                )
-                return self.progress is not None and self.progress(now) is False
+                done, total = len(self._hashes), len(self._open)
+                return not goes_on(self.progress, "hashing the inputs", done, total, began)
 
             self._hashes[source.path] = hashes.model_sha256(source.files, stopped)
         return self._hashes[source.path]
@@ -232,8 +227,7 @@ def draw(
     def tick(pictures: float) -> None:
         nonlocal done
         done += pictures
-        now = Progress("drawing", int(done * PART), total * PART, time.monotonic() - drawing)
-        if progress is not None and progress(now) is False:
+        if not goes_on(progress, "drawing", int(done * PART), total * PART, drawing):
             raise Cancelled("stopped")
 
     finished = 0
@@ -481,8 +475,7 @@ def again(
     def tick(pictures: float) -> None:
         nonlocal done
         done += pictures
-        now = Progress("drawing", int(done * PART), PART, time.monotonic() - began)
-        if progress is not None and progress(now) is False:
+        if not goes_on(progress, "drawing", int(done * PART), PART, began):
             raise Cancelled("stopped; nothing was written")
 
     plan = kitchen.plan(recipe)

@@ -21,7 +21,7 @@ import numpy as np
 from plymix import kernels, stops
 from plymix.adapters import lowrank
 from plymix.adapters.spelling import Dialect
-from plymix.engine import Progress, ProgressCallback, finished
+from plymix.engine import ProgressCallback, finished, goes_on
 from plymix.engine.files import AtomicFile, FileTarget
 from plymix.engine.worker import generator
 from plymix.errors import Cancelled, Refusal
@@ -150,9 +150,7 @@ def computed(
     pool = [threading.Thread(target=loop, daemon=True) for _ in range(count)]
     with stops.running(pool, stop.set):
         while alive := [thread for thread in pool if thread.is_alive()]:
-            stops.heed()
-            now = Progress(what, done[0], total, time.monotonic() - began)
-            if progress is not None and progress(now) is False:
+            if not goes_on(progress, what, done[0], total, began):
                 errors.append(Cancelled("stopped; nothing was written"))
                 stop.set()
             alive[0].join(0.1)
@@ -390,12 +388,10 @@ def written(
     with stops.held(finished(path)), file as target:
         done = 0
         for piece in sorted(pieces, key=lambda p: layout.offsets[p.entry.name]):
-            stops.heed()
             data = _encoded(piece)
             target.write_at(layout.offsets[piece.entry.name], data)
             done += piece.entry.nbytes
-            now = Progress("writing", done, layout.size, time.monotonic() - began)
-            if progress is not None and progress(now) is False:
+            if not goes_on(progress, "writing", done, layout.size, began):
                 raise Cancelled("stopped; nothing was written")
         words.update(_hashes(entries, metadata, layout, target))
         for at, data in safetensors.layout(entries, words).pieces:
