@@ -25,6 +25,7 @@ from plymix.engine.files import (
     FileTarget,
     MemoryTarget,
     Target,
+    finished,
     flushing,
     steps,
 )
@@ -332,11 +333,6 @@ def write(
         nonfinite = _nonfinite(job, tensors)
         file.commit()
     return Written(path, layout.size, time.monotonic() - began, nonfinite)
-
-
-def finished(path: Path) -> str:
-    """What to tell of a stop that came when there was nothing left to stop."""
-    return f"stopped; {path.name} was finished before"
 
 
 def _nonfinite(job: Job, tensors: Sequence[Tensor]) -> dict[str, int]:

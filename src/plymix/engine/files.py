@@ -377,8 +377,13 @@ class AtomicFile:
         self.temporary.unlink(missing_ok=True)
 
 
+def finished(path: Path) -> str:
+    """What to tell of a stop that came when there was nothing left to stop."""
+    return f"stopped; {path.name} was finished before"
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Write a small file as a whole; one that has the name is replaced. Raises Failure."""
-    with stops.held(), (file := AtomicFile(path, len(data))) as target:
+    with stops.held(finished(path)), (file := AtomicFile(path, len(data))) as target:
         target.write_at(0, data)
         file.commit()

@@ -21,8 +21,8 @@ import numpy as np
 from plymix import kernels, stops
 from plymix.adapters import lowrank
 from plymix.adapters.spelling import Dialect
-from plymix.engine import ProgressCallback, finished, goes_on
-from plymix.engine.files import AtomicFile, FileTarget
+from plymix.engine import ProgressCallback, goes_on
+from plymix.engine.files import AtomicFile, FileTarget, finished
 from plymix.engine.worker import generator
 from plymix.errors import Cancelled, Refusal
 from plymix.formats import safetensors
