@@ -273,7 +273,7 @@ def magmax(base: Array, *models: Array, scale: float = 0.5) -> Array:
     xp = namespace(base, *models)
 
     def larger(x: Array, y: Array) -> Array:
-        return choose(xp.abs(y) >= xp.abs(x), y, x)
+        return choose((xp.abs(y) >= xp.abs(x)) | (y != y), y, x)  # NaN is not lost, and is told
 
     return base + reduce(larger, (x - base for x in models)) * scale
 

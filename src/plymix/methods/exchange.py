@@ -140,7 +140,8 @@ def sparse_topk_delta(a: Array, b: Array, *, alpha: float = 1.0, beta: Share = 0
     threshold, _ = kth_largest(k, lambda a, b: xp.abs(b - a), a, b)
 
     def one(a: Array, b: Array) -> Array:
-        return choose(xp.abs(b - a) >= threshold, lerp(a, b, alpha), a)
+        # not `>=`: where either is NaN the result is, and is told
+        return choose(xp.abs(b - a) < threshold, a, lerp(a, b, alpha))
 
     return blockwise(one, a, b)
 

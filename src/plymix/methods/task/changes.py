@@ -102,7 +102,8 @@ def arcee_fusion(a: Array, b: Array) -> Array:
     ks = [n - int(q * (n - 1)) for q in (0.25, 0.5, 0.75)]
     low, middle, high = (cut for cut, _ in each_kth_largest(ks, lambda s: s, score))
     threshold = middle + 1.5 * (high - low)
-    return blockwise(lambda s, x, y: choose(s >= threshold, y, x), xp.reshape(score, a.shape), a, b)
+    # not `>=`: a row with NaN is B's, and NaN in B is told
+    return blockwise(lambda s, x, y: choose(s < threshold, x, y), xp.reshape(score, a.shape), a, b)
 
 
 def _importance(a: Array, b: Array) -> Array:
