@@ -132,6 +132,22 @@ def test_a_process_that_is_killed_is_told(tmp_path, monkeypatch, crews):
     assert not list(tmp_path.glob("*o.safetensors*"))
 
 
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_what_stops_a_program_is_not_for_its_copies(tmp_path, monkeypatch, crews, name):
+    """A closed terminal tells all of them at once: who began the merge ends it, and says so."""
+    made = processes.start
+
+    def start(*args):
+        crew = made(*args)
+        for process in crew.values():
+            os.kill(process.pid, getattr(signal, name))
+        return crew
+
+    monkeypatch.setattr(processes, "start", start)
+    plymix.merge(recipe(tmp_path, ONE), tmp_path / "o.safetensors", threads=3)
+    assert crews
+
+
 def interrupted(now):
     raise KeyboardInterrupt
 

@@ -124,7 +124,7 @@ def test_at_every_line_of_the_main_thread(models, write, over):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-HANGS = """
+PROGRAM = """
 import os, time
 from plymix import stops
 stops.PATIENCE = {patience}
@@ -132,31 +132,32 @@ stops.once()
 try:
     with stops.held("late"):
         print("held", flush=True)
-        {work}
+        {held}
+    {then}
 except KeyboardInterrupt as e:
     print("stopped", e, flush=True)
-    time.sleep({cleaning})
+    {cleaning}
     os._exit(7)  # as the command line ends
 """
+SHORT, LONG = "time.sleep(0.5)", "time.sleep(60)"
 
 
 @pytest.mark.parametrize(
-    ("patience", "work", "cleaning", "code", "said"),
+    ("patience", "held", "then", "cleaning", "code", "said"),
     [
-        (
-            60,
-            "time.sleep(0.5)",
-            0.5,
-            7,
-            "stopped late",
-        ),  # the first waits, and the others do not disturb
-        (0.2, "time.sleep(60)", 0, 7, "stopped"),  # nobody looks: a later one need not wait
-        (0.2, "while True: stops.heed()", 60, 130, "stopped"),  # nor for a cleaning up that hangs
+        # The first waits for the end, and the others do not disturb.
+        (60, SHORT, "pass", SHORT, 7, "stopped late"),
+        # Nobody heeds it: a later one need not wait.
+        (0.2, LONG, "pass", "pass", 7, "stopped"),
+        # Nor for a cleaning up that hangs.
+        (0.2, "while True: stops.heed()", "pass", LONG, 130, "stopped"),
+        # What was finished is told as long as the program runs.
+        (60, "pass", LONG, "pass", 7, "stopped late"),
     ],
 )
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_many_stops(name, patience, work, cleaning, code, said):
-    program = HANGS.format(patience=patience, work=work, cleaning=cleaning)
+def test_many_stops(name, patience, held, then, cleaning, code, said):
+    program = PROGRAM.format(patience=patience, held=held, then=then, cleaning=cleaning)
     with subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True
     ) as process:
@@ -186,29 +187,169 @@ def test_other_threads_hold_nothing_back():
     thread.join()
 
 
-def test_what_others_do_about_a_stop_is_done():
-    """A program's own handler is called, as late, and may go on."""
+@pytest.fixture
+def handle():
+    """Sets a handler of a signal until the end of the test."""
+    before = {}
+
+    def set_(handler, number=signal.SIGINT):
+        before.setdefault(number, signal.getsignal(number))
+        signal.signal(number, handler)
+
+    yield set_
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_what_others_do_about_a_stop_is_done(handle):
+    """A program's own handler is called, as late, and may go on; so it is with the next stop."""
     called = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: called.append(number))
-    try:
+    handle(lambda number, frame: called.append(number))
+    with stops.held():
+        for n in (1, 2):
+            signal.raise_signal(signal.SIGINT)
+            assert len(called) == n - 1
+            stops.heed()
+            assert len(called) == n
+        signal.raise_signal(signal.SIGINT)
+    assert len(called) == 3
+
+
+def stop():
+    """Ctrl-C, which is heeded."""
+    signal.raise_signal(signal.SIGINT)
+    stops.heed()
+
+
+def test_a_second_stop_does_not_disturb_the_end_of_threads():
+    """They would go on, and write to files that are others' by then."""
+    main, halted, ended = threading.get_ident(), threading.Event(), []
+
+    def work():
+        halted.wait(10)
+        time.sleep(0.1)
+        signal.pthread_kill(main, signal.SIGINT)  # while it is waited for
+        time.sleep(0.1)
+        ended.append(True)
+
+    with pytest.raises(KeyboardInterrupt), stops.running([work, work], halted.set):
+        stop()
+    assert ended == [True, True]
+
+
+def test_threads_that_nobody_waits_for_write_nowhere(tmp_path, monkeypatch):
+    """A stop that need not wait any longer leaves them with what they were given."""
+    monkeypatch.setattr(stops, "PATIENCE", 0.0)
+    main, go_on, threads = threading.get_ident(), threading.Event(), []
+
+    def hang():
+        threads.append(threading.current_thread())
+        time.sleep(0.2)
+        signal.pthread_kill(main, signal.SIGINT)
+        go_on.wait(20)
+
+    def write():
+        with stops.held(), engine.AtomicFile(tmp_path / "o.bin", 3) as target:
+            targets.append(target)
+            with stops.running([hang], lambda: None):
+                stop()
+
+    targets = []
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert stops.astray()
+    assert list(tmp_path.iterdir()) == []
+    with open(tmp_path / "others", "wb+") as others:
+        assert others.fileno() != targets[0].fd
+        targets[0].write_at(0, b"xyz")
+    assert (tmp_path / "others").read_bytes() == b""
+    go_on.set()
+    threads[0].join()
+    os.close(targets[0].fd)
+    with engine.AtomicFile(tmp_path / "o.bin", 3) as target:
+        assert not stops.astray()
+    with pytest.raises(OSError, match="Bad file descriptor"):  # its number is free again
+        os.fstat(target.fd)
+
+
+def test_a_stop_is_not_lost_where_the_work_fails():
+    """Or a loop that goes on with the next file would do so after Ctrl-C."""
+    with pytest.raises(KeyboardInterrupt), stops.held():
+        raise [OSError("disk"), signal.raise_signal(signal.SIGINT)][0]
+
+
+def test_all_handlers_are_put_back(handle, monkeypatch):
+    """Also where one of them raises while the others are not back yet."""
+    put = signal.signal
+
+    def raises(number, frame):
+        raise RuntimeError("stopped")
+
+    def spy(number, handler):
+        put(number, handler)
+        if handler is raises:
+            signal.raise_signal(number)
+
+    handle(raises, signal.SIGTERM)
+    monkeypatch.setattr(signal, "signal", spy)
+    with pytest.raises(RuntimeError, match="stopped"), stops.held():
+        pass
+    monkeypatch.undo()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is raises
+
+
+def test_a_handler_that_is_set_meanwhile_stays(handle):
+    handle(signal.default_int_handler)
+
+    def own(number, frame):
+        raise AssertionError
+
+    with stops.held():
+        signal.signal(signal.SIGINT, own)
+    assert signal.getsignal(signal.SIGINT) is own
+
+
+def test_a_merge_within_a_callback():
+    """What is held in it is held; after it the callback may be stopped at once, as before."""
+
+    def merge():
         with stops.held():
             signal.raise_signal(signal.SIGINT)
-            assert called == []
+            went_on.append("in a merge")
             stops.heed()
-            assert called == [signal.SIGINT]
-        assert called == [signal.SIGINT]
-    finally:
-        signal.signal(signal.SIGINT, before)
+
+    def callback():
+        with pytest.raises(KeyboardInterrupt):
+            merge()
+        signal.raise_signal(signal.SIGINT)
+        went_on.append("in the callback")
+
+    went_on = []
+    with pytest.raises(KeyboardInterrupt), stops.held(), stops.heeded():
+        callback()
+    assert went_on == ["in a merge"]
 
 
 def test_threads_that_cannot_start_leave_none(monkeypatch):
-    halted = threading.Event()
-    pool = [threading.Thread(target=halted.wait, args=(10,)) for _ in range(3)]
-    monkeypatch.setattr(pool[2], "start", lambda: (_ for _ in ()).throw(RuntimeError("no more")))
-    with pytest.raises(RuntimeError, match="no more"), stops.running(pool, halted.set):
+    halted, done, start = threading.Event(), [], threading.Thread.start
+
+    def work():
+        halted.wait(10)
+        done.append(True)
+
+    def third_fails(thread):
+        started.append(thread)
+        if len(started) == 3:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    started = []
+    monkeypatch.setattr(threading.Thread, "start", third_fails)
+    with pytest.raises(RuntimeError, match="can't start"), stops.running([work] * 4, halted.set):
         raise AssertionError
-    assert [thread.ident is not None for thread in pool] == [True, True, False]
-    assert not any(thread.is_alive() for thread in pool)
+    assert done == [True, True]
+    assert not any(thread.is_alive() for thread in started)
 
 
 def test_what_is_called_back_is_stopped_at_once(models):

@@ -11,39 +11,43 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 PATIENCE = 3.0
-"""Seconds after which a second stop need not wait any more for what the first one waits for."""
-
-NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
+"""Seconds after which one more stop need not wait any longer for what the first one waits for."""
 
 
 class _Held:
-    """The first stop waits, until `heeded`; what comes later is done about as ever."""
+    """A stop that waits to be heeded. Those that follow in the next seconds say the same."""
 
     def __init__(self) -> None:
         self.handlers: dict[int, Callable[[int, Any], Any]] = {}
-        self.came: tuple[int, float] | None = None
+        self.number = 0  # of the stop that came
+        self.since: float | None = None  # when it came or, later, was heeded
         self.heeded = False
-        self.open = False  # it need not wait
+        self.open = False  # none need wait
 
     def __call__(self, number: int, frame: Any) -> None:
-        now = time.monotonic()
-        late = self.came is not None and now - self.came[1] > PATIENCE
-        self.came = self.came or (number, now)
-        if self.open or self.heeded or late:
-            self.heeded = True
-            self.handlers[number](number, frame)
+        waited = self.since is not None and time.monotonic() - self.since > PATIENCE
+        if self.open or waited:
+            self._act(number, frame)
+        elif self.since is None:
+            self.number, self.since = number, time.monotonic()
 
     def heed(self) -> None:
-        if self.came is not None and not self.heeded:
-            self.heeded = True
-            self.handlers[self.came[0]](self.came[0], None)
+        if self.since is not None and not self.heeded:
+            self._act(self.number, None)
+
+    def _act(self, number: int, frame: Any) -> None:
+        self.since, self.heeded = time.monotonic(), True
+        self.handlers[number](number, frame)
+        self.since, self.heeded = None, False  # nothing was raised: the work goes on
 
 
 _held: _Held | None = None
+_finished = ""
+_going: list[threading.Event] = []
 
 
 @contextmanager
@@ -53,26 +57,56 @@ def held(late: str = "") -> Iterator[None]:
     Only in the main thread: the others are never interrupted. Within another such block it is that
     one which ends the waiting.
     """
-    global _held
-    if _held is not None or threading.current_thread() is not threading.main_thread():
+    global _held, _finished
+    if threading.current_thread() is not threading.main_thread():
         yield
+        return
+    if _held is not None:
+        with _opened(_held, False):
+            yield
         return
     here = _Held()
     try:
-        for number in _numbers():
-            if callable(handler := signal.getsignal(number)):
-                here.handlers[number] = handler
-                signal.signal(number, here)
-        _held = here
-        yield
-    finally:
-        _held = None
-        for number, handler in reversed(here.handlers.items()):
-            signal.signal(number, handler)
+        with ExitStack() as after:
+            for number in numbers():
+                if callable(handler := signal.getsignal(number)):
+                    here.handlers[number] = handler
+                    after.callback(_put_back, number, here, handler)
+                    signal.signal(number, here)
+            _held = here
+            after.callback(_let_go)
+            yield
+    except BaseException:
+        here.heed()
+        raise
+    _finished = late or _finished
     try:
         here.heed()
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(*[late] * bool(late)) from None
+        raise _stopped(late) from None
+
+
+def _let_go() -> None:
+    global _held
+    _held = None
+
+
+def _put_back(number: int, here: _Held, handler: Callable[[int, Any], Any]) -> None:
+    if signal.getsignal(number) is here:  # else somebody meanwhile set one of his own
+        signal.signal(number, handler)
+
+
+def _stopped(text: str) -> KeyboardInterrupt:
+    return KeyboardInterrupt(text) if text else KeyboardInterrupt()
+
+
+@contextmanager
+def _opened(here: _Held, value: bool) -> Iterator[None]:
+    before, here.open = here.open, value
+    try:
+        yield
+    finally:
+        here.open = before
 
 
 @contextmanager
@@ -81,13 +115,9 @@ def heeded() -> Iterator[None]:
     if _held is None or threading.current_thread() is not threading.main_thread():
         yield
         return
-    here = _held
-    here.heed()
-    here.open = True
-    try:
+    _held.heed()
+    with _opened(_held, True):
         yield
-    finally:
-        here.open = False
 
 
 def heed() -> None:
@@ -97,23 +127,60 @@ def heed() -> None:
 
 
 @contextmanager
-def running(threads: Sequence[threading.Thread], halt: Callable[[], object]) -> Iterator[None]:
-    """Have threads run during the block, and wait for their end after it.
+def running(
+    works: Sequence[Callable[[], object]], halt: Callable[[], object]
+) -> Iterator[threading.Event]:
+    """Have each of `works` done by a thread during the block, and wait for their end after it.
 
-    `halt` tells them to end early: it is called where the block, or one of their starts, fails.
+    What is given is set when all have ended. `halt` tells them to end early: it is called where the
+    block, or the start of a thread, fails.
     """
+    ended, lock, left, begun = threading.Event(), threading.Lock(), len(works), 0
+
+    def end() -> None:
+        nonlocal left
+        with lock:
+            left -= 1
+            if left == 0:
+                ended.set()
+
+    def run(work: Callable[[], object]) -> None:
+        try:
+            work()
+        finally:
+            end()
+
+    if not works:
+        ended.set()
+    threads = [threading.Thread(target=run, args=(work,), daemon=True) for work in works]
     with held():
+        if threading.current_thread() is threading.main_thread():
+            _going.append(ended)
         try:
             for thread in threads:
                 thread.start()
-            yield
+                begun += 1
+            yield ended
         except BaseException:
             halt()
             raise
         finally:
-            for thread in threads:
-                if thread.ident is not None:
-                    thread.join()
+            for _ in threads[begun:]:
+                end()
+            ended.wait()  # not `join`: one that is broken off takes a thread for ended
+            for thread in threads[:begun]:
+                thread.join()
+
+
+def astray() -> bool:
+    """Whether threads still run in the main thread's name, and use what they were given.
+
+    So it is where nobody waits for them any longer.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return False
+    _going[:] = [ended for ended in _going if not ended.is_set()]
+    return bool(_going)
 
 
 def once() -> None:
@@ -128,14 +195,16 @@ def once() -> None:
         nonlocal began
         if began is None:
             began = time.monotonic()
-            raise KeyboardInterrupt
+            raise _stopped(_finished)
         if time.monotonic() - began > PATIENCE:
             os._exit(130)
 
-    for number in _numbers():
+    for number in numbers():
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, stop)
 
 
-def _numbers() -> list[int]:
-    return [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+def numbers() -> list[signal.Signals]:
+    """The signals that stop a program, as far as this system has them."""
+    names = ("SIGINT", "SIGTERM", "SIGHUP")
+    return [getattr(signal, name) for name in names if hasattr(signal, name)]

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -175,17 +176,11 @@ def _in_threads(
 ) -> None:
     """Have `work` done by `count` threads of this process."""
     take = taking(job, order)
-    pool = [
-        threading.Thread(target=lend_a_hand, args=(job, work, take), daemon=True)
-        for _ in range(count)
-    ]
-    with stops.running(pool, job.halt):
-        working = pool
-        while working:
-            working = [thread for thread in pool if thread.is_alive()]
+    with stops.running([partial(lend_a_hand, job, work, take)] * count, job.halt) as ended:
+        while not ended.is_set():
             tell()
-            for thread in working[:1]:
-                thread.join(0.1)
+            ended.wait(0.1)
+        tell()
 
 
 def _light(item: Item) -> bool:
@@ -313,7 +308,7 @@ def write(
         with ExitStack() as beside:
 
             def meanwhile() -> None:
-                beside.enter_context(stops.running(values.threads, job.halt))
+                values.ended = beside.enter_context(stops.running(values.works, job.halt))
                 beside.enter_context(flushing(target.files))
 
             alone = layout.through is None  # what it keeps in memory, a copy would keep apart
@@ -369,7 +364,7 @@ def _same_file(source: Source, path: Path) -> bool:
 
 
 class _Late:
-    """Values computed by two threads of their own while the merge runs."""
+    """Values that `works` compute, each in a thread of its own, until `ended` is set."""
 
     def __init__(
         self,
@@ -394,12 +389,11 @@ class _Late:
             except BaseException as e:
                 self.error = e
 
-        count = min(2, len(late))
-        self.threads = [threading.Thread(target=loop, daemon=True) for _ in range(count)]
+        self.works = [loop] * min(2, len(late))
+        self.ended = threading.Event()
 
     def wait(self, progress: ProgressCallback | None, began: float) -> dict[str, str]:
-        while alive := [t for t in self.threads if t.is_alive()]:
-            alive[0].join(0.1)
+        while not self.ended.wait(0.1):
             hashed = len(self.found)
             if not goes_on(progress, "hashing the inputs", hashed, self._total, began):
                 raise Cancelled("stopped; nothing was written")

@@ -258,8 +258,7 @@ def flushing(targets: Sequence[FileTarget]) -> Iterator[None]:
                 except OSError:
                     return  # the fsync at the end meets the same error and tells it
 
-    pool = [threading.Thread(target=loop, daemon=True)] if hasattr(os, "fdatasync") else []
-    with stops.running(pool, done.set):
+    with stops.running([loop] if hasattr(os, "fdatasync") else [], done.set):
         yield
         done.set()
 
@@ -369,12 +368,22 @@ class AtomicFile:
     def _close(self) -> None:
         for fd in (self.fd, self.direct):
             if fd >= 0:
-                os.close(fd)
+                _let_go(fd)
         self.fd = self.direct = -1
 
     def _discard(self) -> None:
         self._close()
         self.temporary.unlink(missing_ok=True)
+
+
+def _let_go(fd: int) -> None:
+    """Close `fd`; where threads may still write to it, its number stays, and leads nowhere."""
+    if stops.astray():
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        os.dup2(nowhere, fd)
+        os.close(nowhere)
+    else:
+        os.close(fd)
 
 
 def finished(path: Path) -> str:

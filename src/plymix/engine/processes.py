@@ -52,6 +52,8 @@ def start(job: Job, work: Sequence[Item], count: int) -> Crew:
     context = multiprocessing.get_context("fork")
     crew: Crew = {}
     gc.freeze()  # a collection would write to, and so copy, every object's page
+    # What stops a program is for who began this, and not for its copies, who inherit the mask.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, stops.numbers())
     try:
         for _ in range(count):
             here, there = context.Pipe()
@@ -67,17 +69,18 @@ def start(job: Job, work: Sequence[Item], count: int) -> Crew:
         stop(crew)
         raise
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         gc.unfreeze()
     return crew
 
 
 def stop(crew: Crew) -> None:
     """End all that still run."""
-    for connection, process in crew.items():
-        process.terminate()
-        connection.close()  # this is heard also by one that does not obey signals yet
     for process in crew.values():
+        process.kill()
+    for connection, process in crew.items():
         process.join()
+        connection.close()
 
 
 def perform(
@@ -110,17 +113,16 @@ def perform(
                 connection.send(index)
 
     busy = dict(crew)
-    thread = threading.Thread(target=lend_a_hand, args=(job, work, take), daemon=True)
     try:
         meanwhile()
         for connection in crew:
             for _ in range(AHEAD):
                 give(connection)
-        with stops.running([thread], job.halt):
-            while (busy or thread.is_alive()) and not job.stop:
+        with stops.running([lambda: lend_a_hand(job, work, take)], job.halt) as ended:
+            while (busy or not ended.is_set()) and not job.stop:
                 tell()
                 if not busy:
-                    thread.join(0.1)
+                    ended.wait(0.1)
                 for ready in wait(list(busy), timeout=0.1) if busy else ():
                     connection = cast("Connection", ready)
                     try:
@@ -154,9 +156,6 @@ def _ended(code: int | None) -> str:
 
 def _serve(job: Job, work: Sequence[Item], there: Connection, others: Sequence[Connection]) -> None:
     """In a copy: do what is asked for until None is."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever began this is told, and ends it
-    for name in ("SIGTERM", "SIGHUP"):
-        signal.signal(getattr(signal, name), signal.SIG_DFL)
     for connection in others:
         connection.close()  # or nobody would notice that the first process is gone
     with suppress(EOFError, BrokenPipeError):

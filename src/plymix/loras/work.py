@@ -147,13 +147,12 @@ def computed(
                 done[0] += parts[i].nbytes
 
     count = min(threads or available_cpus(), max(1, len(parts)))
-    pool = [threading.Thread(target=loop, daemon=True) for _ in range(count)]
-    with stops.running(pool, stop.set):
-        while alive := [thread for thread in pool if thread.is_alive()]:
+    with stops.running([loop] * count, stop.set) as ended:
+        while not ended.is_set():
             if not goes_on(progress, what, done[0], total, began):
                 errors.append(Cancelled("stopped; nothing was written"))
                 stop.set()
-            alive[0].join(0.1)
+            ended.wait(0.1)
     if errors:
         raise errors[0]
     return [f for f in found if f is not None]
