@@ -170,6 +170,8 @@ def running(
             ended.wait()  # not `join`: one that is broken off takes a thread for ended
             for thread in threads[:begun]:
                 thread.join()
+            if ended in _going:
+                _going.remove(ended)
 
 
 def astray() -> bool:
@@ -177,10 +179,8 @@ def astray() -> bool:
 
     So it is where nobody waits for them any longer.
     """
-    if threading.current_thread() is not threading.main_thread():
-        return False
-    _going[:] = [ended for ended in _going if not ended.is_set()]
-    return bool(_going)
+    here = threading.current_thread() is threading.main_thread()
+    return here and not all(ended.is_set() for ended in _going)
 
 
 def once() -> None:
