@@ -323,3 +323,34 @@ def test_a_setting_leaves_the_recipe_it_started_from():
     text = recipe.to_json(before)
     after = recipe.with_setting(before, "steps.s.alpha.blocks.IN05", "0.9")
     assert recipe.to_json(before) == text != recipe.to_json(after)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "key"),
+    [
+        ('"alpha":0.3', "alpha"),
+        ('"m":{"file":"x.ckpt"}', "m"),
+        ('"from":"s"', "from"),
+        ('"IN00":0.25', "IN00"),
+    ],
+)
+def test_json_that_says_a_key_twice_is_refused(tmp_path, pattern, key):
+    """As TOML is, wherever it is read; the second would win in silence."""
+    text = (
+        '{"models":{"m":{"file":"x.ckpt"},"n":"y.ckpt"},"output":{"from":"s"},'
+        '"steps":{"s":{"method":"weighted_sum","a":"m","b":"n","alpha":0.3},'
+        '"t":{"method":"weighted_sum","a":"m","b":"n","alpha":{"blocks":{"IN00":0.25}}}}}'
+    )
+    recipe.from_json(text)
+    twice = text.replace(pattern, f"{pattern},{pattern}", 1)
+    (tmp_path / "r.json").write_text(twice)
+    for read in (
+        lambda: recipe.from_json(twice),
+        lambda: recipe.load(tmp_path / "r.json"),
+        lambda: recipe.from_metadata({recipe.METADATA_KEY: twice}, "x"),
+        lambda: recipe.with_setting(
+            recipe.from_json(text), "steps.s.alpha", f"{{{pattern},{pattern}}}"
+        ),
+    ):
+        with pytest.raises(Refusal, match=f"key '{key}' occurs twice"):
+            read()

@@ -16,7 +16,7 @@ SOURCE = Path(plymix.__file__).parent
 # Rooms from the ground up. A file may import from its own room and from those it names.
 GROUND = {"errors", "registry"}
 WEB = {"urls", "cache"}
-FORMATS = {"errors", "formats"} | WEB
+FORMATS = {"errors", "texts", "formats"} | WEB
 ARCHS = {"errors", "texts", "archs"}
 METHODS = {"errors", "registry", "methods"}
 BOTTOM = GROUND | FORMATS | ARCHS | METHODS

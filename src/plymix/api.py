@@ -154,12 +154,6 @@ def two_models(
     plain merge by key, or a file that describes an architecture of your own. `block_view` says
     whose blocks the weights are for. Raises Refusal.
     """
-    if base is not None and text_encoder:
-        raise Refusal(
-            f"--base {base:g} is the share of the text encoder, which --text-encoder"
-            f" {os.fspath(text_encoder)} takes whole; keep one of them"
-        )
-    _drawn(rounding, seed)
     models = {"a": urls.given(a, "a"), "b": urls.given(b, "b")}
     step: dict[str, Any] = {"method": method, "a": "a", "b": "b"}
     _takes_these(get_method(method), c is not None)
@@ -167,11 +161,6 @@ def two_models(
         models["c"] = urls.given(c, "c")
         step["c"] = "c"
     step["alpha"] = with_base(alpha, base, own_presets(presets))
-    if unet and _by_block(step["alpha"]):
-        raise Refusal(
-            f"--alpha {alpha} is for the blocks of the denoiser, which --unet {os.fspath(unet)}"
-            " takes whole; keep one of them (--base 0.3 alone is the text encoder's share)"
-        )
     parts = {"text_encoder": text_encoder, "text_encoder_2": text_encoder_2, "unet": unet}
     named = {part: urls.given(p, part) for part, p in {"vae": vae, **parts}.items()}
     letters = {part: p.lower() for part, p in named.items() if p.lower() in (*models, BLEND)}
@@ -191,19 +180,6 @@ def two_models(
         "allow_mixed_prediction": allow_mixed_prediction,
     }
     return recipes.from_dict({"models": models, "steps": {"merge": step}, "output": output})
-
-
-def _by_block(alpha: Any) -> bool:
-    """Whether a weight says something of blocks: all do but a number and {base = ...}."""
-    return not isinstance(alpha, (int, float)) and (
-        not isinstance(alpha, dict) or "curve" in alpha or bool(alpha.get("blocks"))
-    )
-
-
-def _drawn(rounding: str, seed: int) -> None:
-    """Refuse a seed that nothing is drawn from."""
-    if seed and rounding != "stochastic":
-        raise Refusal(f"--seed {seed} is for --rounding stochastic; say both or neither")
 
 
 def _takes_these(method: Method, three: bool) -> None:
@@ -353,7 +329,6 @@ def conversion(file: PathLike, path: Path, arch: PathLike = "", **output: Any) -
 
     What is no model (a VAE, a LoRA) is taken key by key, where no `arch` is named. Raises Refusal.
     """
-    _drawn(output.get("rounding", ""), output.get("seed", 0))
     with ExitStack() as stack:
         source = stack.enter_context(open_model(file))
         found = of_one(file, "a", arch=os.fspath(arch) or by_key(source), ema="keep", **output)

@@ -160,6 +160,11 @@ class Recipe(msgspec.Struct, frozen=True):
         return tuple(dict.fromkeys(n for n in named if n in self.models))
 
     @property
+    def recorded(self) -> bool:
+        """Whether it was carried out before: then it knows what its files were."""
+        return all(model.sha256 for model in self.models.values())
+
+    @property
     def final(self) -> str:
         return self.output.from_
 
@@ -230,7 +235,7 @@ def from_toml(text: str, where: str = "recipe") -> Recipe:
 
 def from_json(text: str) -> Recipe:
     try:
-        found = json.loads(text)
+        found = json.loads(text, object_pairs_hook=texts.no_twins)
     except (ValueError, RecursionError) as e:
         raise Refusal(f"the recipe is not JSON: {e}") from None
     return from_dict(found)
@@ -584,7 +589,9 @@ def _is_weight(recipe: Recipe, step: str, param: str) -> bool:
 def _value(text: str, path: str) -> Any:
     """A value of `--set`: JSON, a table or list as a recipe file has it, or the text itself."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=texts.no_twins)
+    except texts.Twins as e:
+        raise Refusal(f"--set {path}: {e}") from None
     except (ValueError, RecursionError):
         pass
     if text.startswith(("{", "[")):

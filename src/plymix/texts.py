@@ -1,8 +1,9 @@
-"""Files that people write, as recipes and presets: read whole, but never a model by mistake."""
+"""What people write, as recipes and presets: read whole, but never a model by mistake."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from plymix.errors import FormatError, Refusal
 
@@ -31,3 +32,17 @@ def text(path: Path, what: str) -> str:
         return read(path, what).decode("utf-8-sig")
     except UnicodeDecodeError as e:
         raise FormatError(f"{path.name} is not UTF-8 text (byte {e.start})") from None
+
+
+class Twins(ValueError):
+    """A table of JSON says a key twice."""
+
+
+def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object without twins among its keys, for `json.loads`. Raises Twins."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twin = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
+        raise Twins(f"key {twin!r} occurs twice")
+    return found

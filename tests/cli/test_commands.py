@@ -160,6 +160,16 @@ def test_without_weights_mbw_is_a_plain_merge(here: Path, words: tuple[str], sha
     assert ran.last.startswith(f"a-b-mbw.safetensors = {percent} [")
 
 
+def test_mbw_with_vae_and_text_encoder_from_files_mixes_the_unet(here: Path) -> None:
+    """Scripts say --base_alpha whether or not anything is left of what it is for."""
+    words = ("mbw", "a.safetensors", "b.safetensors", "--weights", CLASSIC, "--base_alpha", "0.3")
+    ran = plymix(*words, "--vae", "a.safetensors", "--text_encoder", "a.safetensors")
+    assert (ran.code, ran.err) == (0, "")
+    shares = dict(zip(BLOCKS, map(float, CLASSIC.split(",")), strict=True))
+    expected = mixed(here / "a.safetensors", here / "b.safetensors", "sd1", shares)
+    same(values(here / "a-b-mbw.safetensors"), expected, 2e-7)
+
+
 def test_weights_outside_0_to_1_extrapolate(here: Path) -> None:
     weights = ["-0.2", *["1.5"] * 24]
     ran = plymix("mbw", "a.safetensors", "b.safetensors", "--weights", ",".join(weights))
@@ -759,8 +769,14 @@ REFUSED: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
         ("block of SD1 in --alpha 'IN99': did you mean IN09? There",),
     ),
     ((*MERGE, "--alpha", "GRAD_V", "--base", "nan"), ("--base is nan",)),
-    ((*MERGE, "--alpha", "GRAD_V", "--unet", "a"), ("--alpha GRAD_V", "--unet a", "keep one")),
-    ((*MERGE, "--alpha", "1" + ",1" * 24, "--unet", "b"), ("--alpha 1,1,", "--unet b")),
+    (
+        (*MERGE, "--alpha", "GRAD_V", "--unet", "a"),
+        ("--alpha is for the blocks", "--unet a", "keep one", "(--base 0.3 alone"),
+    ),
+    (
+        (*MERGE, "--alpha", "1" + ",1" * 24, "--unet", "b"),
+        ("--alpha is for the blocks", "--unet b"),
+    ),
     (
         (
             "merge",

@@ -173,10 +173,9 @@ def classic(
             notes += found.notes
             blocks = found.blocks | found.parts
             others = {name: rest(value) for name, value in blocks.items()}
-            alpha = {
-                "base": rest(shares["BASE"]),
-                "blocks": others if found.parts else [*others.values()],
-            }
+            alpha = {"blocks": others if found.parts else [*others.values()]}
+            if not (vae and text_encoder):  # from files: nothing takes the share of BASE
+                alpha["base"] = rest(shares["BASE"])
             shares |= blocks
     recipe = api.two_models(
         model_1,

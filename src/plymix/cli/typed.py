@@ -14,10 +14,10 @@ from plymix.errors import PlymixError
 
 WORDS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r" \(output\.\w+ = [^)]*\)", ""),  # the recipe's way beside the option's
-    (r"--alpha\.base\b", "--base"),
+    (r"--alpha\.base\b(?: =)?", "--base"),
     (r"\bsteps\.merge \((\w+)\)", r"--method \1"),
     (r"\bsteps\.merge: (\w+) =", r"--\1 ="),
-    (r"\boutput\.(\w+)", lambda m: "--" + m[1].replace("_", "-")),
+    (r"\boutput\.(\w+)(?: =)?", lambda m: "--" + m[1].replace("_", "-")),
     (r"\buse text_encoder\b(?! =)", "use --text-encoder"),
     (r'\b(vae|rounding) = "(\w+)"', r"--\1 \2"),
 )

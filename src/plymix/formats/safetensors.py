@@ -17,6 +17,7 @@ from typing import Any
 
 from plymix.errors import FormatError
 from plymix.formats.base import BITS, Entry, Layout, OpenFile, Source, TensorInfo, opened
+from plymix.texts import no_twins
 
 name = "safetensors"
 suffixes = (".safetensors", ".sft")
@@ -88,16 +89,6 @@ def _parse(handle: OpenFile) -> tuple[dict[str, str], dict[str, TensorInfo]]:
     if at != handle.size:
         raise bad(f"{handle.size - at:,} bytes follow its last tensor")
     return metadata, tensors
-
-
-def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object without twins among its keys, for `json.loads`. Raises ValueError."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        twin = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
-        raise ValueError(f"key {twin!r} occurs twice")
-    return found
 
 
 _FIELDS = frozenset({"dtype", "shape", "data_offsets"})

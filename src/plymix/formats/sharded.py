@@ -19,6 +19,7 @@ from plymix.errors import FormatError, Refusal, amount, listed
 from plymix.formats import WEIGHTS, safetensors
 from plymix.formats import open_file as open_shard
 from plymix.formats.base import Entry, Layout, Source, joined, open_handle
+from plymix.texts import no_twins
 
 name = "sharded"
 suffixes = (".index.json",)
@@ -130,7 +131,7 @@ def index(path: Path) -> tuple[dict[str, str], int | None]:
 def parsed(text: bytes, file: str) -> dict[str, Any]:
     """A JSON object; twins among its keys are refused. Raises FormatError naming `file`."""
     try:
-        said = json.loads(text.decode("utf-8"), object_pairs_hook=safetensors.no_twins)
+        said = json.loads(text.decode("utf-8"), object_pairs_hook=no_twins)
     except (ValueError, RecursionError) as e:
         reason = "nested too deeply" if isinstance(e, RecursionError) else str(e)
         raise FormatError(f"{file} is not sound JSON ({reason[:120]}); fetch it again") from None

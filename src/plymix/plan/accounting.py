@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from plymix import archs, weights
+from plymix.archs import Place
 from plymix.errors import Refusal, amount, listed
 from plymix.expr import (
     Tensor,
     leaves,
 )
+from plymix.plan.idle import idle_words
 from plymix.plan.making import Making
 from plymix.plan.values import READ, Input, Plan
 
@@ -22,6 +24,7 @@ class Planner(Making):
         self.open()
         tensors, places, fates = self.make()
         self._idle_rules()
+        self._idle_words(places)
         dropped, unmatched = self._account(tensors)
         self._nothing_matched(tensors)
         if self.strict and any(unmatched.values()):
@@ -50,11 +53,7 @@ class Planner(Making):
         )
 
     def _idle_rules(self) -> None:
-        at = [
-            (p.block, k, p.part)
-            for k, p in self.base.places.items()
-            if not p.buffer and p.component != "ema" and p.component not in self.swaps
-        ]
+        at = [(p.block, k, p.part) for k, p in self.merged_places().items()]
         for name, settings in self.settings.items():
             idle = weights.idle_rules(settings.rules, at, settings.rule_blocks)
             if idle:
@@ -69,6 +68,13 @@ class Planner(Making):
                     f"steps.{name}.rules: {listed(str(r) for r in idle)} matches no tensor of"
                     f" {self.short}: {advice}"
                 )
+
+    def _idle_words(self, places: Mapping[str, Place]) -> None:
+        """Refuse what is said for nothing; tell it where the recipe was carried out before."""
+        for text in idle_words(self, places.values()):
+            if not self.recipe.recorded:
+                raise Refusal(text)
+            self.notes.append(text)
 
     def _account(
         self, tensors: Sequence[Tensor]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from plymix.archs import Architecture
@@ -21,6 +21,7 @@ class Adjustment:
     """`output.adjust`: what is done to named tensors after the merge (see methods/tuning.py)."""
 
     def __init__(self, asked: Mapping[str, Any], arch: Architecture | None) -> None:
+        self.said, self.arch = asked, arch
         self.scales: dict[str, float] = {}
         self.offsets: dict[str, tuple[float, ...]] = {}
         self.saturation = self.cfg = 1.0
@@ -56,6 +57,24 @@ class Adjustment:
 
             scale *= tuning.cfg_sensitivity(key, self.cfg)
         return scale
+
+    def idle(self, keys: Collection[str]) -> list[str]:
+        """The fields that change tensors of which none is among `keys`; detail = 0 changes none."""
+        fields = {name: Adjustment({name: value}, self.arch) for name, value in self.said.items()}
+        return [
+            name
+            for name, only in fields.items()
+            if only.changes and not any(map(only._meant, keys))
+        ]
+
+    @property
+    def changes(self) -> bool:
+        """Whether any tensor would be changed, if it were there."""
+        return bool(self.scales or self.offsets) or (self.saturation, self.cfg) != (1.0, 1.0)
+
+    def _meant(self, key: str) -> bool:
+        saturated = self.saturation != 1.0 and key in _saturated()
+        return saturated or key in self.offsets or self.scale(key) != 1.0
 
     def __call__(self, key: str, expr: Expr, shape: tuple[int, ...]) -> Expr:
         if not self.asked:

@@ -481,14 +481,19 @@ class Opening:
                 ):
                     self.notes.append(f"{i.label} has no {name.rstrip('.')}: {why}")
 
+    def merged_places(self) -> dict[str, Place]:
+        """The keys of the base model, and their places, that the weights of steps are for."""
+        others = {*self.swaps, "ema"}
+        return {
+            key: place
+            for key, place in self.base.places.items()
+            if not place.buffer and place.component not in others
+        }
+
     def _idle_parts(self) -> None:
         """Note weights of parts, text encoders or the VAE of which nothing is merged."""
-        merged = {
-            name
-            for place in self.base.places.values()
-            if not place.buffer and place.component not in (*self.swaps, "ema")
-            for name in (place.part, place.block)
-        }
+        places = self.merged_places().values()
+        merged = {name for place in places for name in (place.part, place.block)}
         for step, settings in self.settings.items():
             for param, found in settings.resolved.items():
                 for name in (n for n in found.parts if n not in merged):
