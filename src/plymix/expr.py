@@ -404,7 +404,7 @@ def narrow(expr: Expr, channels: int) -> Expr:
     return Narrow(expr, channels)
 
 
-def patched(wide: Expr, inner: Expr, channels: int) -> Expr:
+def patched(wide: Expr, inner: Expr, channels: int) -> Patch:
     """`wide` with its first `channels` entries of axis 1 taken from `inner`."""
     while isinstance(wide, Patch) and wide.channels == channels:
         wide = wide.wide  # what was put there before is covered

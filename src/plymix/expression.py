@@ -229,9 +229,8 @@ class Merge(Expression):
     @cached_property
     def is_delta(self) -> bool:
         """Whether this is a difference between models, not a model."""
-        if self.method in ("sum", "scale"):
-            return all(map(_is_delta, self.used))
-        return get_method(self.method).delta
+        given = [None if i is None else _is_delta(i) for i in self.inputs]
+        return get_method(self.method).gives_difference(given)
 
     @property
     def used(self) -> tuple[Expression, ...]:

@@ -193,6 +193,16 @@ class Recipe(msgspec.Struct, frozen=True):
                 done[name] = name in self.steps
         return tuple(name for name, is_step in done.items() if is_step)
 
+    def differences(self) -> frozenset[str]:
+        """Of the steps the result needs, those that give a difference between models, no model."""
+        found: set[str] = set()
+        for name in self.order():
+            step = self.steps[name]
+            given = [used in found if used else None for used in step.inputs]
+            if get_method(step.method).gives_difference(given):
+                found.add(name)
+        return frozenset(found)
+
 
 @contextmanager
 def asking(recipe: Recipe, name: str) -> Iterator[None]:

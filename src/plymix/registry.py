@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module
@@ -151,6 +151,27 @@ class Method:
     @property
     def random(self) -> bool:
         return "rng" in self.given
+
+    def gives_difference(self, given: Sequence[bool | None]) -> bool:
+        """Whether the result is a difference between models, to be added to one by a later step.
+
+        `given` says of each input whether it is a difference; None is one left out. Of differences
+        alone every method makes another. A model less a difference is a model, and a difference
+        plus a difference of models is none, which a linear method's own sum of weights tells.
+        """
+        models = given[: len(self.inputs)] if self.adapters else given
+        said = [one for one in models if one is not None]
+        if said and all(said):
+            return True
+        if self.kind == "linear" and any(said):
+            return bool(said[0]) and (self.delta or self._cancels(said))
+        return self.delta
+
+    def _cancels(self, given: Sequence[bool]) -> bool:
+        """Whether a linear method gives the models among its inputs weights whose sum is 0."""
+        settings = {p.name: p.default for p in self.params}
+        settings |= {name: "" for name in self.given if name == "key"}
+        return bool(self.function(*(0.0 if one else 1.0 for one in given), **settings) == 0)
 
 
 _METHODS: dict[str, Method] = {}

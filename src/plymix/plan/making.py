@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -24,6 +24,7 @@ from plymix.expr import (
     leaf_terms,
     leaves,
     narrow,
+    nodes,
     patched,
 )
 from plymix.formats.base import TensorInfo
@@ -38,14 +39,23 @@ from plymix.recipe import DROPS, DTYPES, REST
 PACKED = {"Q8_0": "q8_0, in a .gguf,", "F8_E4M3": "fp8_e4m3fn", "F8_E5M2": "fp8_e5m2"}
 """Kinds of packed weights, and the dtype of a result that has them as small, or nearly."""
 
+Value = tuple[Expr, tuple[int, ...]]
+"""What a model or step has at a key, and its shape."""
+
+Present = tuple[int, Value]
+"""An input of a step that has the key, after its number."""
+
 
 class Making(Opening):
     """Expressions, names and dtypes of the result's tensors."""
 
     def make(self) -> tuple[tuple[Tensor, ...], dict[str, Place], dict[str, Fate]]:
         """The result's tensors; by their names, where they belong and what became of them."""
-        self.known: dict[str, tuple[Expr, tuple[int, ...]] | None] = {}  # of one key
+        self.known: dict[str, Value | None] = {}  # of one key
         self.known_at = ""
+        self.narrowed: set[str] = set()  # differences of the input channels that all models have
+        self.keepers: dict[str, str] = {}  # differences -> the model that keeps its other channels
+        self.channels: list[tuple[str, Expr, str]] = []  # what steps made of the two kinds, a note
         self.lacking: dict[str, list[str]] = {}  # what a missing tensor led to -> keys
         self.unwritten: Mapping[str, str] = {}  # what the result's layout cannot hold -> why
         self.components: tuple[str, ...] = ()
@@ -322,12 +332,13 @@ class Making(Opening):
             if value is None:
                 return None
             expr, shape = value
+            self._tell_channels(key, expr)
             first = next(i for i in (self.base, *self.inputs) if key in i.tensors)
             dtype = self._dtype(first.tensors[key], place.component)
             why = f"{self.view.title} leaves it" if kept else ""
         return self.adjusted(key, expr, shape), shape, dtype, why
 
-    def _kept(self, key: str) -> tuple[Expr, tuple[int, ...]] | None:
+    def _kept(self, key: str) -> Value | None:
         """The base's tensor, where the view's tool would leave it; None where it merges it."""
         info = self.base.tensors.get(key)
         if info is None or self.view.merges(info.name):
@@ -388,15 +399,17 @@ class Making(Opening):
             info = owner.tensors.get(archs.ema_key(key), info)
         return None if info is None else Leaf(owner.index, info)
 
-    def _value(self, name: str, key: str, place: Place) -> tuple[Expr, tuple[int, ...]] | None:
+    def _value(self, name: str, key: str, place: Place) -> Value | None:
         """What model or step `name` has at `key`, and its shape; None: it has no such tensor."""
         if key != self.known_at:
             self.known, self.known_at = {}, key
         if name not in self.known:
             self.known[name] = self._made(name, key, place)
+            if name in self.differences and self._at_input(key):
+                self._remember(name)
         return self.known[name]
 
-    def _made(self, name: str, key: str, place: Place) -> tuple[Expr, tuple[int, ...]] | None:
+    def _made(self, name: str, key: str, place: Place) -> Value | None:
         if name in self.by_name:
             leaf = self._leaf(self.by_name[name], key)
             return None if leaf is None else (leaf, leaf.info.shape)
@@ -408,10 +421,16 @@ class Making(Opening):
         present = [(i, v) for i, v in enumerate(values) if v is not None]
         if not present:
             return None
+        lost = [i for i, v in enumerate(values) if v is None and names[i]]
+        if lost and name in self.differences:
+            present, lost = self._zeros(names, key, present, lost)
         method = settings.method
         fixed = len(values) if not method.variadic else len(method.inputs)
-        lost = [i for i, v in enumerate(values) if v is None and names[i]]
         several = sum(i >= fixed for i, _ in present)
+        alone = lost and all(names[i] in self.differences for i, _ in present)
+        if alone and name not in self.differences:
+            self._lack(f"left out: only a difference ({names[present[0][0]]}) has them", key)
+            return None
         if any(i < fixed for i in lost) or (method.variadic and several < method.min_variadic):
             return self._without(settings, key, present, lost)
         if lost:
@@ -421,9 +440,20 @@ class Making(Opening):
             )
         return self._applied(settings, key, place, present)
 
-    def _adapted(
-        self, settings: AdapterSettings, key: str, place: Place
-    ) -> tuple[Expr, tuple[int, ...]] | None:
+    def _zeros(
+        self, names: Sequence[str], key: str, present: list[Present], lost: list[int]
+    ) -> tuple[list[Present], list[int]]:
+        """`present` with a 0 for each difference that lacks the tensor, and what else is lost."""
+        zeros = [i for i in lost if names[i] in self.differences]
+        if zeros:
+            self._lack(
+                f"0 in a difference: not in {listed(self._called(names[i]) for i in zeros)}", key
+            )
+        zero = _zero(present[0][1])
+        present = sorted([*present, *((i, zero) for i in zeros)], key=lambda one: one[0])
+        return present, [i for i in lost if i not in zeros]
+
+    def _adapted(self, settings: AdapterSettings, key: str, place: Place) -> Value | None:
         """A model with LoRAs added; what they add comes in an order that is not the recipe's."""
         first, *names = settings.step.inputs
         value = self._value(first, key, place)
@@ -451,17 +481,16 @@ class Making(Opening):
         self,
         settings: Settings,
         key: str,
-        present: list[tuple[int, tuple[Expr, tuple[int, ...]]]],
+        present: list[Present],
         lost: list[int],
-    ) -> tuple[Expr, tuple[int, ...]] | None:
+    ) -> Value | None:
         """A step that lacks an input at `key` gives its first one unchanged, or difference 0."""
         names = settings.step.inputs
-        if settings.method.delta:
-            expr, shape = present[0][1]
-            self._lack(f"left out of a difference: not in {self._called(names[lost[0]])}", key)
-            return Sum(((0.0, expr),)), shape
         first = names[present[0][0]]
-        if first in self.settings and self.settings[first].method.delta:
+        if settings.name in self.differences:
+            self._lack(f"left out of a difference: not in {self._called(names[lost[0]])}", key)
+            return present[0][1] if first in self.differences else _zero(present[0][1])
+        if first in self.differences:
             self._lack(f"left out: only a difference ({first}) has them", key)
             return None
         self._lack(f"taken from {self._called(first)}: not in {self._called(names[lost[0]])}", key)
@@ -479,15 +508,16 @@ class Making(Opening):
         settings: Settings,
         key: str,
         place: Place,
-        present: list[tuple[int, tuple[Expr, tuple[int, ...]]]],
-    ) -> tuple[Expr, tuple[int, ...]]:
+        present: list[Present],
+    ) -> Value:
         names = settings.step.inputs
         shapes = [shape for _, (_, shape) in present]
         args = [expr for _, (expr, _) in present]
         models = tuple(i for i, _ in present)
-        if len(set(shapes)) == 1:
+        at_input = self._at_input(key)
+        if len(set(shapes)) == 1 and not (at_input and self.narrowed.intersection(names)):
             return settings.apply(key, place, args, models), shapes[0]
-        if self.arch is not None and key == self.arch.input_conv:
+        if at_input:
             return self._channels(settings, key, place, args, shapes, models)
         fitted = [_fitted_expr(arg, shape, shapes[0]) for arg, shape in zip(args, shapes)]  # noqa: B905
         if any(f is None for f in fitted):
@@ -508,13 +538,13 @@ class Making(Opening):
         args: list[Expr],
         shapes: list[tuple[int, ...]],
         models: tuple[int, ...],
-    ) -> tuple[Expr, tuple[int, ...]]:
+    ) -> Value:
         """Inpainting, pix2pix: shared channels by the formula, the others from their owner."""
-        widths = sorted({shape[1] for shape in shapes})
         rest = {(shape[0], *shape[2:]) for shape in shapes}
         names = settings.step.inputs
         assert self.arch is not None
         plain = self.arch.input_channels
+        widths = sorted({plain, *(shape[1] for shape in shapes)})
         if len(widths) != 2 or widths[0] != plain or len(rest) != 1:
             text = ", ".join(
                 f"{self._called(names[m])} {s[1]}" for m, s in zip(models, shapes, strict=True)
@@ -523,19 +553,58 @@ class Making(Opening):
                 f"{key} has different numbers of input channels ({text}): only plain models"
                 f" ({plain}) and one kind of inpainting or similar model mix"
             )
-        owner = next(i for i, s in enumerate(shapes) if s[1] == widths[1])
         inner = [
-            narrow(a, widths[0]) if s[1] != widths[0] else a
-            for a, s in zip(args, shapes, strict=True)
+            narrow(a, plain) if s[1] != plain else a for a, s in zip(args, shapes, strict=True)
         ]
         expr = settings.apply(key, place, inner, models)
-        self.notes.append(
-            f"{key}: channels 0-{widths[0] - 1} merged, {widths[0]}-{widths[1] - 1} kept from"
-            f" {self._called(names[models[owner]])}"
-        )
-        if expr == inner[owner]:
-            return args[owner], shapes[owner]
-        return patched(args[owner], expr, widths[0]), shapes[owner]
+        keeper = self._keeper(names)
+        value = self.known[keeper]
+        assert value is not None
+        wide, shape = value
+        made = patched(wide, expr, plain)
+        if isinstance(made.wide, Leaf):
+            others = f"kept from {self.inputs[made.wide.source].label}"
+        else:
+            others = f"as {self._called(keeper)} makes them"
+        said = f"channels 0-{plain - 1} merged, {plain}-{widths[1] - 1} {others}"
+        whole = wide if expr == narrow(wide, plain) else made
+        if settings.name not in self.differences:
+            self.channels.append((settings.name, whole, said))
+        return whole, shape
+
+    def _at_input(self, key: str) -> bool:
+        return self.arch is not None and key == self.arch.input_conv
+
+    def _keeper(self, names: Iterable[str]) -> str:
+        """Which model keeps its further input channels: the first of `names` that has some.
+
+        Differences come after models, and stand for the first model they are made of that has some.
+        """
+        assert self.arch is not None
+        plain, wide = self.arch.input_channels, []
+        for name in names:
+            value = self.known.get(name)
+            if value is not None and value[1][1:2] > (plain,):
+                wide.append(name)
+        first = next(iter(sorted(wide, key=lambda name: name in self.differences)), "")
+        return self.keepers.get(first, first)
+
+    def _remember(self, name: str) -> None:
+        """What is to be known of a difference at the input convolution, besides its value."""
+        used = self.settings[name].step.inputs
+        widths = {value[1][1:2] for value in map(self.known.get, used) if value is not None}
+        if len(widths) > 1 or self.narrowed.intersection(used):
+            self.narrowed.add(name)
+        self.keepers[name] = self._keeper(used)
+
+    def _tell_channels(self, key: str, expr: Expr) -> None:
+        """Note of what is in the result which of its channels are merged."""
+        there = {id(node) for node in nodes(expr)} if self.channels else ()
+        for name, made, said in self.channels:
+            if id(made) in there:
+                where = "" if name == self.recipe.final else f"in steps.{name} "
+                self.notes.append(f"{key}: {where}{said}")
+        self.channels.clear()
 
     def _unpacked(self, tensors: Sequence[Tensor], places: Mapping[str, Place]) -> None:
         """Note what is kept as it is but for its packing, which makes the result larger."""
@@ -577,6 +646,11 @@ class Making(Opening):
                 f"the weights of the models sum to {found}, not to 1, in {amount(len(totals))}:"
                 f" {listed(totals, 3)}; is a division or a difference missing?"
             )
+
+
+def _zero(value: Value) -> Value:
+    """The difference 0 in the shape of `value`."""
+    return Sum(((0.0, value[0]),)), value[1]
 
 
 def _fitted_expr(expr: Expr, shape: tuple[int, ...], wanted: tuple[int, ...]) -> Expr | None:

@@ -63,7 +63,8 @@ class Opening:
         }
         for settings in self.settings.values():
             self.notes += settings.notes
-        if recipe.final in self.settings and self.settings[recipe.final].method.delta:
+        self.differences = recipe.differences()
+        if recipe.final in self.differences:
             raise Refusal(
                 f"steps.{recipe.final} ({recipe.steps[recipe.final].method}) gives a difference,"
                 ' not a model: add it to one in another step (method = "sum")'
