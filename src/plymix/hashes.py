@@ -1,7 +1,9 @@
 """Hashes of model files, as the tools of the field define them, with a cache.
 
 SHA-256 of a file costs more than merging it, so it is computed once and remembered by (path, size,
-modification time, inode) in the user's cache folder (`PLYMIX_CACHE` names another one).
+modification time, inode, time of change) in the user's cache folder (`PLYMIX_CACHE` names another).
+The time of change (ctime) is the system's own: whoever writes to a file and sets its modification
+time back cannot set it. Windows has the time of creation there, which adds nothing and costs none.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ def _identity(path: Path) -> str:
         with _opened(path) as file:
             return f"{urls.text(path)}|{file.version}"
     stat = path.stat()
-    return f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
+    times = f"{stat.st_mtime_ns}|{stat.st_ino}|{stat.st_ctime_ns}"
+    return f"{path.resolve()}|{stat.st_size}|{times}"
 
 
 def _load() -> dict[str, str]:
