@@ -3,10 +3,14 @@
 `deltas` reads a file in kohya's spelling and gives what each module adds; nothing in it is plymix.
 """
 
+import errno
 import hashlib
 import io
 import json
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -16,6 +20,8 @@ from hypothesis import strategies as st
 import loras as made
 import plymix
 from plymix import cli, loras
+from plymix.errors import Failure
+from plymix.loras import work as working
 from plymix.recipe import from_dict
 from small import draw, load, real, save
 from tiny import header, state, write
@@ -647,6 +653,70 @@ def test_names_of_no_known_model_stay_what_they_are(tmp_path):
     close(deltas(tmp_path / "o.safetensors", ends)["blob.x"], 1.5 * deltas(file, ends)["blob.x"])
     with pytest.raises(plymix.Refusal, match=r"blob.x.*--base"):
         loras.convert(file, tmp_path / "k.safetensors", to="kohya")
+
+
+DISKS = {
+    "EFBIG": ("more than a file may have there", "`ulimit -f`", "-o; TMPDIR", "a lower rank"),
+    "ENOSPC": ("are free (No space left", "-o; TMPDIR", "a lower rank"),
+    "EIO": ("cannot write the temporary file in",),
+}
+
+
+@pytest.mark.parametrize("error", DISKS)
+@pytest.mark.parametrize("dry", [False, True])
+def test_a_disk_that_does_not_take_the_temporary_file(models, tmp_path, monkeypatch, error, dry):
+    """It takes the half of the second array; what it is and where is said, and nothing is left."""
+    number = getattr(errno, error)
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.setattr(working.tempfile, "tempdir", str(tmp_path))
+
+    class Small(io.BytesIO):
+        written = 0
+
+        def write(self, data):
+            if self.written > 2:
+                raise OSError(number, os.strerror(number))
+            self.written += 1
+            return super().write(data[: max(1, len(data) // 2)])
+
+    monkeypatch.setattr(working.tempfile, "TemporaryFile", lambda **_: Small())
+    with pytest.raises(Failure) as caught:
+        loras.extract(
+            models / "b.safetensors",
+            models / "a.safetensors",
+            here / "x.safetensors",
+            rank=2,
+            dry_run=dry,
+            threads=1,
+        )
+    text = str(caught.value)
+    assert str(tmp_path if dry else here) in text
+    assert str(here) not in text or not dry
+    assert "nothing was written" in text
+    assert all(words in text for words in DISKS[error])
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows limits no files")
+@pytest.mark.parametrize("limit", [20_000, 300_000])
+def test_a_limit_on_file_size(models, tmp_path, limit):
+    """The temporary file, or the result that is larger, meets it; both are said."""
+    tuned, base = models / "b.safetensors", models / "a.safetensors"
+    code = (
+        "import resource, plymix.cli;"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}));"
+        "plymix.cli.main()"
+    )
+    words = ("lora", "extract", tuned, base, "--rank", "2", "-o", tmp_path / "x.safetensors")
+    ran = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert ran.returncode == 1
+    assert "more than a file may have" in ran.stderr
+    what = "the temporary file" if limit < 100_000 else "x.safetensors has"
+    assert what in ran.stderr
+    assert str(tmp_path) in ran.stderr
+    assert "--shard" not in ran.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_stopping_leaves_nothing(models, tmp_path):

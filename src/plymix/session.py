@@ -49,7 +49,7 @@ class Session:
         self._progress = progress
         self._open: dict[Path, Source] = {}
         self._found: dict[Model, Path] = {}  # those that the recipe knows the content of
-        self._written: tuple[Path, tuple[int, int], Plan] | None = None
+        self._written: tuple[Path, tuple[int, ...], Plan] | None = None
         self.changed: tuple[str, ...] = ()
         try:
             self.plan = self._build(_whole(recipe))
@@ -158,6 +158,6 @@ def _plain(value: Any) -> Any:
     return value.tolist()
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def _stamp(path: Path) -> tuple[int, ...]:
     stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns

@@ -269,14 +269,18 @@ class AtomicFile:
     Use it as a context manager; `commit()` makes it real. Without it nothing is left behind. What
     killed runs left behind in the folder is removed.
 
-    Files that are `read_back` are left in the system's cache.
+    Files that are `read_back` are left in the system's cache. `shards`: whether one that is too
+    large could be written in several.
     """
 
-    def __init__(self, path: Path, size: int, *, read_back: bool = False) -> None:
+    def __init__(
+        self, path: Path, size: int, *, read_back: bool = False, shards: bool = True
+    ) -> None:
         self.path = path
         self.size = size
         self.replaces = path.exists()
         self.read_back = read_back
+        self.shards = shards
         self.direct = -1
 
     def __enter__(self) -> FileTarget:
@@ -313,10 +317,11 @@ class AtomicFile:
         if e.errno == errno.EFBIG:
             whole = self.path.suffix.lower() == ".safetensors"
             shards = "split it" if whole else "make it a .safetensors, split"
+            advice = f"{shards} (--shard 4GB), or " if self.shards else ""
             return Failure(
                 f"{self.path.name} has {self.size:,} bytes, more than a file may have in"
                 f" {self.path.parent} ({e.strerror}; FAT32 takes 4 GiB, `ulimit -f` may set less);"
-                f" {shards} (--shard 4GB), or choose another disk; nothing was written"
+                f" {advice}choose another disk; nothing was written"
             )
         free = shutil.disk_usage(self.path.parent).free
         return Failure(
@@ -393,6 +398,6 @@ def finished(path: Path) -> str:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a small file as a whole; one that has the name is replaced. Raises Failure."""
-    with stops.held(finished(path)), (file := AtomicFile(path, len(data))) as target:
+    with stops.held(finished(path)), (file := AtomicFile(path, len(data), shards=False)) as target:
         target.write_at(0, data)
         file.commit()

@@ -6,15 +6,17 @@ there are. In memory is one part for each thread, and the singular values.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
+import shutil
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -22,9 +24,9 @@ from plymix import kernels, stops
 from plymix.adapters import lowrank
 from plymix.adapters.spelling import Dialect
 from plymix.engine import ProgressCallback, goes_on
-from plymix.engine.files import AtomicFile, FileTarget, finished
+from plymix.engine.files import FULL, AtomicFile, FileTarget, finished
 from plymix.engine.worker import generator
-from plymix.errors import Cancelled, Refusal
+from plymix.errors import Cancelled, Failure, Refusal
 from plymix.formats import safetensors
 from plymix.formats.base import BITS, Entry, Layout
 from plymix.loras.parts import Change, Kept, Part
@@ -61,29 +63,58 @@ class Policy:
 
 
 class Spool:
-    """Arrays of float32 in a temporary file, appended by any thread."""
+    """Arrays of float32 in a temporary file of `folder`, appended by any thread.
 
-    def __init__(self, folder: Path | None) -> None:
-        self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)
+    Raises Failure where it cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder.resolve()
         self._lock = threading.Lock()
         self._end = 0
+        try:
+            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)
+        except OSError as e:
+            raise self._failed(e, 0) from None
 
     def put(self, x: Any) -> tuple[int, tuple[int, ...]]:
         data = np.ascontiguousarray(x, np.float32)
+        left = data.reshape(-1).view(np.uint8).data
         with self._lock:
             at, self._end = self._end, self._end + data.nbytes
-            self._file.seek(at)
-            self._file.write(data.data)
+            try:
+                self._file.seek(at)
+                while left:
+                    left = left[self._file.write(left) :]
+            except OSError as e:
+                raise self._failed(e, self._end) from None
         return at, data.shape
 
     def get(self, slot: Slot, rows: int | None = None) -> Any:
         at, shape = slot
         shape = shape if rows is None else (rows, *shape[1:])
         out = np.empty(shape, np.float32)
+        left = out.reshape(-1).view(np.uint8).data
         with self._lock:
             self._file.seek(at)
-            self._file.readinto(out.data.cast("B") if out.size else b"")  # type: ignore[attr-defined]
+            while n := self._file.readinto(left):
+                left = left[n:]
         return out
+
+    def _failed(self, e: OSError, size: int) -> Failure:
+        """What to tell of a disk that does not take the first `size` bytes."""
+        what = f"the temporary file in {self._folder}"
+        if e.errno not in FULL:
+            return Failure(f"cannot write {what}: {e.strerror}; nothing was written")
+        if e.errno == errno.EFBIG:
+            room = f"more than a file may have there ({e.strerror}; `ulimit -f` may set it)"
+        else:
+            room = f"{shutil.disk_usage(self._folder).free:,} are free ({e.strerror})"
+        return Failure(
+            f"no room for what is computed: {what} needs {size:,} bytes or more, {room}; choose"
+            " another disk (-o; TMPDIR where no file is asked for) or a lower rank; nothing was"
+            " written"
+        )
 
     def close(self) -> None:
         self._file.close()
@@ -383,7 +414,7 @@ def written(
     words = {**metadata, **{key: "0" * digits for key, digits in HASHES.items()}}
     layout = safetensors.layout(entries, words)
     began = time.monotonic()
-    file = AtomicFile(path, layout.size, read_back=True)
+    file = AtomicFile(path, layout.size, read_back=True, shards=False)
     with stops.held(finished(path)), file as target:
         done = 0
         for piece in sorted(pieces, key=lambda p: layout.offsets[p.entry.name]):
