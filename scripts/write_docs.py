@@ -356,8 +356,11 @@ def recipes() -> Iterator[str]:
         "## Element rules",
         "",
         "In supermerger's syntax. They replace the block's number for the tensors they match (the"
-        " method's first parameter that is a number, usually `alpha`). A rule that matches"
-        " nothing is an error that names it.",
+        " method's first parameter that is a number, usually `alpha`). The last rule that matches"
+        " wins. A rule that matches nothing is an error that names it, as is an element that no"
+        " tensor of the model has in its name; a rule or number that later rules leave no tensor"
+        " is noted. [`--set`](../guide/recipes.md#try-another-value) of a block is stronger than"
+        " rules for whole blocks, weaker than those for elements.",
         "",
     )
     yield from fence(f"{inspect.getdoc(weights.Rule)}\n\n{inspect.getdoc(weights.parse_rules)}")

@@ -5,6 +5,7 @@ import json
 import math
 import pickle
 import shutil
+from fractions import Fraction
 from pathlib import Path
 
 import msgspec
@@ -36,6 +37,29 @@ def test_a_model_alone_is_a_recipe_without_steps():
     assert recipe.steps == {}
     assert recipe.models["a"].file == "a.safetensors"
     assert (recipe.final, recipe.output.dtype) == ("a", "fp16")
+
+
+HUGE = 10**400
+"""A number that no float holds."""
+
+
+@pytest.mark.parametrize(
+    ("ask", "said"),
+    [
+        (lambda: A.weighted_sum(B, alpha=HUGE), "weighted_sum: alpha is too large a number"),
+        (lambda: A.weighted_sum(B, alpha={"IN05": -HUGE}), "alpha: IN05 is too large a number"),
+        (lambda: A.linear(B, weights=[1, HUGE]), "linear: weights is too large a number"),
+        (lambda: A * HUGE, "the factor of a model is too large a number"),
+        (lambda: Fraction(HUGE) * A, "the factor of a model is too large a number"),
+        (lambda: A * math.nan, "the factor of a model is nan, not a finite number"),
+        (lambda: A / HUGE, "the divisor of a model is too large a number"),
+        (lambda: (A + B) / 0, r"a.safetensors \+ b.safetensors cannot be divided by 0"),
+        (lambda: (A - B) / -0.0, r"cannot be divided by 0"),
+    ],
+)
+def test_numbers_that_no_model_can_be_multiplied_by(ask, said):
+    with pytest.raises(Refusal, match=said):
+        ask()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from plymix import recipe, weights
 from plymix.errors import Refusal
+from plymix.setting import with_setting
 
 TOML = """
 [models]
@@ -219,26 +220,26 @@ def test_a_part_named_by_its_file_becomes_a_model():
 
 def test_settings_from_the_command_line():
     found = recipe.from_toml(TOML)
-    got = recipe.with_setting(found, "steps.more.alpha", "0.25")
+    got = with_setting(found, "steps.more.alpha", "0.25")
     assert got.steps["more"].params["alpha"] == 0.25
     assert got.steps["mix"] == found.steps["mix"]
-    got = recipe.with_setting(found, "steps.mix.alpha.base", "0.9")
+    got = with_setting(found, "steps.mix.alpha.base", "0.9")
     assert got.steps["mix"].params["alpha"]["base"] == 0.9
-    assert recipe.with_setting(found, "output.dtype", "bf16").output.dtype == "bf16"
-    assert recipe.with_setting(found, "steps.more.alpha", ".5").steps["more"].params["alpha"] == 0.5
+    assert with_setting(found, "output.dtype", "bf16").output.dtype == "bf16"
+    assert with_setting(found, "steps.more.alpha", ".5").steps["more"].params["alpha"] == 0.5
     table = '{ base = 0.25, "IN00-IN05" = 0.5 }'
-    got = recipe.with_setting(found, "steps.mix.alpha", table)
+    got = with_setting(found, "steps.mix.alpha", table)
     assert got.steps["mix"].params["alpha"] == {"base": 0.25, "IN00-IN05": 0.5}
-    got = recipe.with_setting(got, "steps.mix.alpha.blocks.M00", "1")
+    got = with_setting(got, "steps.mix.alpha.blocks.M00", "1")
     assert got.steps["mix"].params["alpha"] == {
         "base": 0.25,
         "blocks": {"IN00-IN05": 0.5, "M00": 1},
     }
     with pytest.raises(Refusal, match=r"--set steps.mix.alpha: .* is not a TOML table or list"):
-        recipe.with_setting(found, "steps.mix.alpha", "{ base = }")
+        with_setting(found, "steps.mix.alpha", "{ base = }")
     for path, text in (("steps.mox.alpha", "1"), ("output.dtyp", "fp16"), ("steps.mix.alhpa", "1")):
         with pytest.raises(Refusal):
-            recipe.with_setting(found, path, text)
+            with_setting(found, path, text)
 
 
 def test_from_metadata():
@@ -271,28 +272,26 @@ def test_one_block_can_be_set_however_the_weight_is_written(alpha):
     models = {"a": "a.safetensors", "b": "b.safetensors"}
     step = {"method": "weighted_sum", "a": "a", "b": "b", "alpha": alpha}
     before = recipe.from_dict({"models": models, "steps": {"s": step}})
-    after = recipe.with_setting(before, "steps.s.alpha.blocks.IN05", "0.9")
-    after = recipe.with_setting(after, "steps.s.alpha.blocks.IN05", "0.3")
+    after = with_setting(before, "steps.s.alpha.blocks.IN05", "0.9")
+    after = with_setting(after, "steps.s.alpha.blocks.IN05", "0.3")
     found = after.steps["s"]
     if found.rules:
         assert found.rules == ("IN05::0.3",)
     else:
         assert found.params["alpha"]["blocks"]["IN05"] == 0.3
     assert recipe.from_json(recipe.to_json(after)) == after
-    short = recipe.with_setting(before, "steps.s.alpha.IN05", "0.3")
+    short = with_setting(before, "steps.s.alpha.IN05", "0.3")
     assert short.steps["s"].rules == found.rules
     assert weights.from_toml(short.steps["s"].params["alpha"]) == weights.from_toml(
         found.params["alpha"]
     )
     for name in ("base", "BASE"):
-        told = recipe.with_setting(before, f"steps.s.alpha.{name}", "0.7").steps["s"]
+        told = with_setting(before, f"steps.s.alpha.{name}", "0.7").steps["s"]
         assert told.params["alpha"]["base"] == 0.7
     for wrong in ("bas", "blcks"):
         with pytest.raises(Refusal, match=f"'{wrong}': did you mean"):
             weights.from_toml(
-                recipe.with_setting(before, f"steps.s.alpha.{wrong}", "1")
-                .steps["s"]
-                .params["alpha"]
+                with_setting(before, f"steps.s.alpha.{wrong}", "1").steps["s"].params["alpha"]
             )
 
 
@@ -300,7 +299,7 @@ def test_a_set_block_is_known_in_any_case():
     models = {"a": "a.safetensors", "b": "b.safetensors"}
     step = {"method": "weighted_sum", "a": "a", "b": "b", "alpha": {"blocks": {"in05": 0.5}}}
     given = recipe.from_dict({"models": models, "steps": {"s": step}})
-    after = recipe.with_setting(given, "steps.s.alpha.blocks.IN05", "0.1")
+    after = with_setting(given, "steps.s.alpha.blocks.IN05", "0.1")
     assert after.steps["s"].params["alpha"] == {"blocks": {"in05": 0.1}}
 
 
@@ -309,9 +308,9 @@ def test_a_set_block_gives_way_to_the_rules_of_its_step():
     step = {"method": "weighted_sum", "a": "a", "b": "b", "alpha": "GRAD_V"}
     step["rules"] = ["IN05:attn2:0.9"]
     given = recipe.from_dict({"models": models, "steps": {"s": step}})
-    after = recipe.with_setting(given, "steps.s.alpha.blocks.IN05", "0.1")
+    after = with_setting(given, "steps.s.alpha.blocks.IN05", "0.1")
     assert after.steps["s"].rules == ("IN05::0.1", "IN05:attn2:0.9")
-    after = recipe.with_setting(after, "steps.s.alpha.blocks.IN05", "0.2")
+    after = with_setting(after, "steps.s.alpha.blocks.IN05", "0.2")
     assert after.steps["s"].rules == ("IN05::0.2", "IN05:attn2:0.9")
 
 
@@ -321,7 +320,7 @@ def test_a_setting_leaves_the_recipe_it_started_from():
     step = {"method": "weighted_sum", "a": "a", "b": "b", "alpha": alpha}
     before = recipe.from_dict({"models": models, "steps": {"s": step}})
     text = recipe.to_json(before)
-    after = recipe.with_setting(before, "steps.s.alpha.blocks.IN05", "0.9")
+    after = with_setting(before, "steps.s.alpha.blocks.IN05", "0.9")
     assert recipe.to_json(before) == text != recipe.to_json(after)
 
 
@@ -348,7 +347,7 @@ def test_json_that_says_a_key_twice_is_refused(tmp_path, pattern, key):
         lambda: recipe.from_json(twice),
         lambda: recipe.load(tmp_path / "r.json"),
         lambda: recipe.from_metadata({recipe.METADATA_KEY: twice}, "x"),
-        lambda: recipe.with_setting(
+        lambda: with_setting(
             recipe.from_json(text), "steps.s.alpha", f"{{{pattern},{pattern}}}"
         ),
     ):

@@ -18,8 +18,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from plymix import weights
+from plymix import api, recipe, weights
 from plymix.errors import FormatError, Refusal
+from plymix.setting import with_setting
 from plymix.weights import (
     SD1_BLOCKS,
     SDXL_BLOCKS,
@@ -675,6 +676,19 @@ def test_own_presets_come_first():
     assert parse("grad_v", own={"GRAD_V": (0.5,) * 25}) == (0.5,) * 25
 
 
+def test_own_presets_in_a_list_of_weights():
+    values = [{"base": 0.5, "blocks": "mine"}, "MINE", 0.25]
+    step = {"method": "linear", "models": ["a", "b", "a"], "weights": values}
+    found = recipe.from_dict({"models": {n: n for n in "ab"}, "steps": {"m": step}})
+    listed = (0.125,) * 25
+    got = api.with_own_presets(found, {"Mine": listed}).steps["m"].params["weights"]
+    assert got == [{"base": 0.5, "blocks": listed}, listed, 0.25]
+    with pytest.raises(Refusal, match=r"preset for steps\.m\.weights: value 2 'MINE'"):
+        api.with_own_presets(
+            with_setting(found, "steps.m.weights", '[0.5, "MINE", 0.5]'), {"other": listed}
+        )
+
+
 def test_own_presets_that_differ_from_ours_of_that_name():
     ours = presets()["GRAD_V"].values
     own = {"grad_v": ours, "GRAD_A": (0.5,) * 25, "mine": (0.5,) * 25}
@@ -720,6 +734,7 @@ def test_rules_are_read():
     )
     assert parse_rules(["IN05-OUT03:attn2:0.3", "NOT OUT09-OUT11:ff:0,::0.5"]) == rules[:3]
     assert str(rules[1]) == "NOT OUT09-OUT11:ff:0.0"
+    assert parse_rules("not M00:Not a b:0.5") == parse_rules("NOT M00:NOT a b:0.5")
     assert parse_rules("") == ()
 
 
@@ -758,6 +773,8 @@ def test_rules_that_match_nothing_are_found():
         ("IN05:attn2:nan", "the ratio is nan, not a finite number"),
         ("IN05:attn2:R", "a random ratio, and recipes make the same file every time"),
         ("NOT:attn2:1", "NOT wants names after it"),
+        ("not:attn2:1", "NOT wants names after it"),
+        ("IN05:attn2 Not ff:1", "NOT stands first"),
         ([0.5], "0.5 is not text"),
     ],
 )
@@ -778,7 +795,7 @@ def reference(text, block, key, names):
     flags = []
     for words, hit in ((blocks, in_span(block, names)), (elements, lambda w: w in key)):
         words = words.split()
-        negate = words[:1] == ["NOT"]
+        negate = [w.upper() for w in words[:1]] == ["NOT"]
         words = words[negate:]
         flags.append(not words or any(map(hit, words)) is not negate)
     return all(flags), float(ratio)
@@ -799,7 +816,7 @@ element = st.sampled_from(["attn1", "attn2", "to_q", "ff", "norm", "bias"])
 
 def words(part):
     some = st.lists(part, min_size=1, max_size=3).map(" ".join)
-    return st.just("") | some | some.map("NOT {}".format)
+    return st.just("") | some | some.map("NOT {}".format) | some.map("not {}".format)
 
 
 rule_texts = st.tuples(

@@ -213,13 +213,20 @@ def with_own_presets(recipe: Recipe, own: Mapping[str, Sequence[float]]) -> Reci
     """`recipe` with every weight that names one of `own` presets said in numbers."""
     if not own:
         return recipe
+
+    def said(setting: Any, field: str) -> Any:
+        return weights.to_json(weights.from_toml(setting, field=field, own=own))
+
     found = recipes.to_dict(recipe)
     for name, step in found["steps"].items():
-        for param in get_method(step["method"]).params:
-            if param.type is float and param.name in step:
-                field = f"steps.{name}.{param.name}"
-                setting = weights.from_toml(step[param.name], field=field, own=own)
-                step[param.name] = weights.to_json(setting)
+        method = get_method(step["method"])
+        for param in method.params:
+            field, value = f"steps.{name}.{param.name}", step.get(param.name)
+            if param.type is float and value is not None:
+                step[param.name] = said(value, field)
+            elif param.type is tuple and isinstance(value, list) and not method.adapters:
+                each = enumerate(value, 1)
+                step[param.name] = [said(v, f"{field}: value {i}") for i, v in each]
     return recipes.from_dict(found)
 
 

@@ -174,14 +174,18 @@ class Expression:
     def __mul__(self, factor: object) -> Expression:
         if not _is_number(factor):
             return NotImplemented
-        return _each(self, lambda c: c * float(factor))  # type: ignore[arg-type]
+        number = _finite(factor, "the factor of a model")
+        return _each(self, lambda c: c * number)
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: object) -> Expression:
         if not _is_number(divisor):
             return NotImplemented
-        return _each(self, lambda c: c / float(divisor))  # type: ignore[arg-type]
+        number = _finite(divisor, "the divisor of a model")
+        if number == 0:
+            raise Refusal(f"{self!r} cannot be divided by 0")
+        return _each(self, lambda c: c / number)
 
     def __neg__(self) -> Expression:
         return self * -1
@@ -339,11 +343,10 @@ def _plain(value: Any, where: str, param: Param | None) -> Any:
     if isinstance(value, (bool, str)):
         return value
     if isinstance(value, Real):
-        if not math.isfinite(value):
-            raise Refusal(f"{where} is {value}, not a finite number")
+        number = _finite(value, where)
         if isinstance(value, int) and (param is None or param.type is int):
             return value
-        return float(value)
+        return number
     if isinstance(value, Mapping):
         return {str(k): _plain(v, f"{where}: {k}", param) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -351,6 +354,17 @@ def _plain(value: Any, where: str, param: Param | None) -> Any:
     if hasattr(value, "tolist"):
         return _plain(value.tolist(), where, param)
     raise Refusal(f"{where} is {value!r}, not a number, a text, a list or a table")
+
+
+def _finite(value: Any, where: str) -> float:
+    """A real number as a float. Raises Refusal where it is none that is finite."""
+    try:
+        number = float(value)
+    except OverflowError:
+        raise Refusal(f"{where} is too large a number") from None
+    if not math.isfinite(number):
+        raise Refusal(f"{where} is {number}, not a finite number")
+    return number
 
 
 def _signature(method: Method) -> inspect.Signature:

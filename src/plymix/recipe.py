@@ -26,7 +26,7 @@ from typing import Any, Union
 
 import msgspec
 
-from plymix import texts, urls, weights
+from plymix import texts, urls
 from plymix.errors import Refusal, unknown
 from plymix.registry import Method, get_method
 
@@ -553,108 +553,6 @@ def with_output(recipe: Recipe, **fields: Any) -> Recipe:
     """The recipe with fields of its [output] replaced. Raises Refusal."""
     found = to_dict(recipe)
     return from_dict({**found, "output": {**found["output"], **fields}})
-
-
-def with_setting(recipe: Recipe, path: str, text: str) -> Recipe:
-    """`--set steps.mix.alpha.base=0.3`: the recipe with one value replaced.
-
-    `steps.mix.alpha.blocks.IN05=0.3`, and `steps.mix.alpha.IN05=0.3` for short, work for every way
-    to write a weight: where the blocks are a preset, a list or a curve, or ranges that may hold it,
-    it becomes a rule of the step, before its other rules.
-    """
-    found = to_dict(recipe)
-    keys = path.split(".")
-    if keys[0] == "steps" and len(keys) == 4 and _is_weight(recipe, *keys[1:3]):
-        keys[3:] = weights.path_of(keys[3])
-    value = _value(text, path)
-    at: Any = found
-    weight = keys[2] if keys[0] == "steps" and len(keys) > 3 else None
-    for key in keys[:-1]:
-        if not isinstance(at, dict) or key not in at:
-            raise unknown(f"field on the way to {path}", key, at if isinstance(at, dict) else [])
-        if key == weight and _is_curve(at[key]):
-            at[key] = _opened(at[key])
-        elif key == weight and keys[3] == "blocks":
-            at[key] = weights.under_blocks(at[key])
-        if weight and key == "blocks" == keys[-2]:
-            same = (k for k in at[key] if k.upper() == keys[-1].upper())
-            keys[-1] = keys[-1] if _is_curve(at[key]) else next(same, keys[-1])
-            if _is_curve(at[key]) or _in_a_range(keys[-1], at[key]):
-                return from_dict(_with_rule(found, keys, value))
-        at = at[key]
-    if not isinstance(at, dict):
-        raise Refusal(f"--set {path}: {'.'.join(keys[:-1])} is not a table")
-    at[keys[-1]] = value
-    return from_dict(found)
-
-
-def _is_weight(recipe: Recipe, step: str, param: str) -> bool:
-    """Whether `param` of `step` is a weight, which blocks may have each their own of."""
-    if step not in recipe.steps:
-        return False
-    params = get_method(recipe.steps[step].method).params
-    return any(p.name == param and p.type is float for p in params)
-
-
-def _value(text: str, path: str) -> Any:
-    """A value of `--set`: JSON, a table or list as a recipe file has it, or the text itself."""
-    try:
-        return json.loads(text, object_pairs_hook=texts.no_twins)
-    except texts.Twins as e:
-        raise Refusal(f"--set {path}: {e}") from None
-    except (ValueError, RecursionError):
-        pass
-    if text.startswith(("{", "[")):
-        return weights.inline_table(text, f"--set {path}")
-    return weights.literal(text)
-
-
-def _with_rule(found: dict[str, Any], keys: list[str], value: Any) -> dict[str, Any]:
-    """`steps.S.P.blocks.B = value` as the rule `B::value` of the step S."""
-    step = found["steps"][keys[1]]
-    ruled = next(p.name for p in get_method(step["method"]).params if p.type is float)
-    if keys[2] != ruled:
-        raise Refusal(f"--set {'.'.join(keys)}: rules set {ruled}, not {keys[2]}")
-    start, rules = f"{keys[4]}::", step.get("rules", [])
-    new = f"{start}{value}"
-    if any(r.startswith(start) for r in rules):
-        step["rules"] = [new if r.startswith(start) else r for r in rules]
-    else:  # the rules that are there win over the block's weight, so it comes before them
-        step["rules"] = [new, *rules]
-    return found
-
-
-def _is_curve(blocks: Any) -> bool:
-    """Whether `blocks` is anything but a table of block names: preset, list, or curve."""
-    return not isinstance(blocks, dict) or "curve" in blocks
-
-
-def _in_a_range(block: str, table: Mapping[str, Any]) -> bool:
-    """Whether a range or a row of blocks in `table` may hold `block`, which is not a key of it.
-
-    Where a range goes from one kind of block to another (IN05-OUT03), only a model knows what lies
-    between.
-    """
-
-    def kind(name: str) -> str:
-        return name.upper().rstrip("0123456789")
-
-    if block in table:
-        return False
-    words = [word.partition("-") for name in table for word in name.split()]
-    return any(
-        kind(first) == kind(block) or kind(first) != kind(last)
-        if last
-        else first.upper() == block.upper()
-        for first, _, last in words
-    )
-
-
-def _opened(weight: Any) -> dict[str, Any]:
-    """A weight written as a number, a preset or a list, as the table that says the same."""
-    if isinstance(weight, (int, float)) and not isinstance(weight, bool):
-        return {"base": weight, "default": weight, "blocks": {}}
-    return {"blocks": weight}
 
 
 # --- TOML ---------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from typing import Any
 
 from plymix import api, engine, kernels, outputs, urls
 from plymix import plan as planning
-from plymix import recipe as recipes
 from plymix.engine import ProgressCallback
 from plymix.engine.worker import prepare
 from plymix.errors import Refusal
@@ -19,6 +18,7 @@ from plymix.finding import find, named, needed
 from plymix.formats import Folders, Source, open_model
 from plymix.plan import Plan
 from plymix.recipe import Model, Recipe
+from plymix.setting import with_setting
 
 
 class Session:
@@ -65,9 +65,7 @@ class Session:
         """Change one value of the recipe; returns the names of the tensors that it changes."""
         if not isinstance(path, str):
             raise Refusal(f"path is {path!r}, not a text such as steps.mix.alpha.base")
-        return self.change(
-            recipes.with_setting(self.recipe, path, json.dumps(value, default=_plain))
-        )
+        return self.change(with_setting(self.recipe, path, json.dumps(value, default=_plain)))
 
     def change(self, recipe: Recipe | Expression) -> tuple[str, ...]:
         """Go on with another recipe; returns the names of the tensors that differ.

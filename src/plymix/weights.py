@@ -634,6 +634,9 @@ def resolve(
     match whole.blocks:
         case Named(pairs):
             said = _named(pairs, (*blocks, *names), arch_title, field)
+            # A number for all, of which a set has named every block since, has both the same.
+            if whole.default not in (None, whole.base) and {*blocks} <= said.keys():
+                notes.append(f"{field}.default does nothing: every block is named")
             values = [said.pop(block, whole.default or 0.0) for block in blocks]
             parts = said
         case Curve() as curve:
@@ -666,6 +669,21 @@ def _settle(
     if preset is not None and chosen != preset:
         notes.append(f"{field}: BASE is {chosen:g}, as asked; the preset has {preset:g}")
     return chosen
+
+
+def entries(
+    weight: Weight, blocks: Sequence[str], names: Sequence[str] = ()
+) -> dict[str, tuple[str, ...]]:
+    """The names that a weight says numbers of, by how it is written: "IN00-IN05", "base".
+
+    `blocks` and `names` as for `resolve`, which has not refused the weight. A number, a preset, a
+    list and a curve name nothing but the base beside them.
+    """
+    if not isinstance(weight, Blocks):
+        return {}
+    pairs = weight.blocks.pairs if isinstance(weight.blocks, Named) else ()
+    found = {text: tuple(_select(text.split(), (*blocks, *names), "block")) for text, _ in pairs}
+    return found if weight.base is None else {"base": ("BASE",), **found}
 
 
 def _named(
@@ -796,8 +814,8 @@ class Rule(msgspec.Struct, frozen=True):
     """An element rule in supermerger's syntax, `blocks:elements:ratio`; `str` gives its text.
 
     `blocks` are names and ranges, BASE (the text encoder) and VAE among them; `elements` are parts
-    of keys. No words mean all of them; `not_blocks` and `not_elements` (a leading NOT) mean all
-    but the words'.
+    of keys. No words mean all of them; `not_blocks` and `not_elements` (a leading NOT, in any
+    case) mean all but the words'.
     """
 
     blocks: tuple[str, ...]
@@ -825,9 +843,12 @@ class Rule(msgspec.Struct, frozen=True):
                 return False
         if not self.elements:
             return True
-        rest = key.removeprefix(DENOISER)
-        found = any(word in (key if "." in word else rest) for word in self.elements)
-        return found != self.not_elements
+        return any(_has(key, word) for word in self.elements) != self.not_elements
+
+
+def _has(key: str, word: str) -> bool:
+    """Whether an element word is in a key: one without a dot, behind the denoiser's prefix."""
+    return word in (key if "." in word else key.removeprefix(DENOISER))
 
 
 @lru_cache(maxsize=256)
@@ -845,8 +866,13 @@ def parse_rules(text: str | Iterable[str], *, field: str = "rules") -> tuple[Rul
     for item in texts:
         if not isinstance(item, str):
             raise Refusal(f"{field}: {item!r} is not text like IN05-OUT03:attn2:0.3")
-    items = [i.strip() for t in texts for i in re.split(r"[,\n]", t) if i.strip()]
+    items = [item for t in texts for item in rule_texts(t)]
     return tuple(_rule(item, f"{field}: rule {n} {item!r}") for n, item in enumerate(items, 1))
+
+
+def rule_texts(text: str) -> list[str]:
+    """The rules in a text that commas or line ends separate, each as it is written."""
+    return [item.strip() for item in re.split(r"[,\n]", text) if item.strip()]
 
 
 def _rule(text: str, where: str) -> Rule:
@@ -860,9 +886,12 @@ def _rule(text: str, where: str) -> Rule:
 
 def _negated(text: str, where: str) -> tuple[bool, tuple[str, ...]]:
     words = tuple(text.split())
-    if words == ("NOT",):
+    negated = bool(words) and words[0].upper() == "NOT"
+    if negated and len(words) == 1:
         raise Refusal(f"{where}: NOT wants names after it")
-    return (True, words[1:]) if words[:1] == ("NOT",) else (False, words)
+    if "NOT" in (word.upper() for word in words[1:]):
+        raise Refusal(f"{where}: NOT stands first, and is for all names after it")
+    return negated, words[negated:]
 
 
 def apply_rules(
@@ -884,7 +913,26 @@ def idle_rules(
     rules: Iterable[Rule], keys: Iterable[tuple[str, ...]], blocks: tuple[str, ...]
 ) -> tuple[Rule, ...]:
     """The rules that match none of the (block, key) or (block, key, part) rows."""
+    rules = tuple(rules)
+    return tuple(r for r, at in zip(rules, hits(rules, keys, blocks), strict=True) if not at)
+
+
+def hits(
+    rules: Iterable[Rule], keys: Iterable[tuple[str, ...]], blocks: tuple[str, ...]
+) -> list[set[int]]:
+    """For each rule the numbers of the (block, key) or (block, key, part) rows that it matches."""
     rows = list(keys)
-    return tuple(
-        r for r in rules if not any(r.matches(b, k, blocks, *part) for b, k, *part in rows)
-    )
+    return [
+        {i for i, (b, k, *part) in enumerate(rows) if r.matches(b, k, blocks, *part)} for r in rules
+    ]
+
+
+def idle_words(rules: Iterable[Rule], keys: Iterable[str]) -> tuple[tuple[Rule, str], ...]:
+    """The element words of rules that no key has in it, each with its rule."""
+    every = list(keys)
+    return tuple((r, w) for r in rules for w in r.elements if not any(_has(k, w) for k in every))
+
+
+def words_like(word: str, keys: Iterable[str]) -> list[str]:
+    """The parts of keys that a misspelt element word may stand for."""
+    return nearest(word, {part for key in keys for part in key.removeprefix(DENOISER).split(".")})

@@ -58,6 +58,7 @@ def load(
     """
     from plymix import api
     from plymix import recipe as recipes
+    from plymix.setting import with_setting
 
     path = Path(file).expanduser()
     if not os.path.exists(path):
@@ -67,7 +68,7 @@ def load(
         at, equals, value = setting.partition("=")
         if not equals or not at:
             raise Refusal(f"--set {setting}: write PATH=VALUE, as in steps.mix.alpha=0.3")
-        found = recipes.with_setting(found, at.strip(), value.strip())
+        found = with_setting(found, at.strip(), value.strip())
     if any(output.values()):
         found = recipes.with_output(found, **{k: v for k, v in output.items() if v})
     note_presets(presets)

@@ -24,6 +24,7 @@ from typing import Any
 from plymix import api, recipe
 from plymix.errors import Refusal, unknown
 from plymix.recipe import Output, Recipe
+from plymix.setting import with_setting
 
 ASIS = ("A", "B")
 """Rows that are one of the models, and no merge."""
@@ -89,7 +90,7 @@ def made(words: Sequence[str], models: Models) -> Recipe:
         found = _of_recipe(models.start, weight, said)
     found = _with_blocks(found, blocks, words)
     for path, value in paths.items():
-        found = recipe.with_setting(found, path, value)
+        found = with_setting(found, path, value)
     return found
 
 
@@ -137,7 +138,7 @@ def _of_recipe(start: Recipe, weight: str, said: Mapping[str, str]) -> Recipe:
         if key == "method" and start.final in start.steps:
             found = _changed(found, start.final, {"method": value})
         elif key in fields:
-            found = recipe.with_setting(found, f"output.{key}", value)
+            found = with_setting(found, f"output.{key}", value)
         else:
             raise unknown("word in a row", key, ["method", *fields])
     return found

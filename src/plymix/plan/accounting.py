@@ -23,8 +23,8 @@ class Planner(Making):
         recipe = self.recipe
         self.open()
         tensors, places, fates = self.make()
-        self._idle_rules()
         self._idle_words(places)
+        self._idle_rules()
         dropped, unmatched = self._account(tensors)
         self._nothing_matched(tensors)
         if self.strict and any(unmatched.values()):
@@ -53,11 +53,15 @@ class Planner(Making):
         )
 
     def _idle_rules(self) -> None:
-        at = [(p.block, k, p.part) for k, p in self.merged_places().items()]
+        """Refuse rules that match nothing; note what later rules leave no tensor."""
+        merged = self.merged_places()
+        places = [*merged.values()]
+        rows = [(p.block, key, p.part) for key, p in merged.items()]
         for name, settings in self.settings.items():
-            idle = weights.idle_rules(settings.rules, at, settings.rule_blocks)
-            if idle:
-                vae = any("VAE" in str(r) for r in idle) and "vae" in self.swaps
+            where, rules = f"steps.{name}.rules", settings.rules
+            hits = weights.hits(rules, rows, settings.rule_blocks)
+            if idle := [str(rule) for rule, at in zip(rules, hits, strict=True) if not at]:
+                vae = any("VAE" in rule for rule in idle) and "vae" in self.swaps
                 advice = (
                     f'the VAE is {self.swaps["vae"].label}\'s and follows no weight; vae = "blend"'
                     " would merge it"
@@ -65,9 +69,16 @@ class Planner(Making):
                     else "check its block and element names"
                 )
                 raise Refusal(
-                    f"steps.{name}.rules: {listed(str(r) for r in idle)} matches no tensor of"
-                    f" {self.short}: {advice}"
+                    f"{where}: {listed(idle)} matches no tensor of {self.short}: {advice}"
                 )
+            ruled = {i: rule.ratio for rule, at in zip(rules, hits, strict=True) for i in at}
+            for n, rule in enumerate(rules):
+                if not hits[n].difference(*hits[n + 1 :]):
+                    why = "later rules are for all of its tensors"
+                    self.notes.append(f"{where}: {rule} does nothing: {why}")
+            for field in settings.unheard(places, ruled) if settings.ruled and rules else ():
+                said = f"steps.{name}.{settings.ruled}" + (f": {field}" if field else "")
+                self.notes.append(f"{said} does nothing: rules are for all of its tensors")
 
     def _idle_words(self, places: Mapping[str, Place]) -> None:
         """Refuse what is said for nothing; tell it where the recipe was carried out before."""

@@ -30,6 +30,7 @@ def idle_words(made: Making, places: Iterable[Place]) -> Iterator[str]:
                 f"steps.{name}.seed = {settings.step.seed} does nothing:"
                 f" {settings.method.name} draws no numbers; leave it out"
             )
+        yield from _idle_elements(made, name, settings)
         if not isinstance(settings, AdapterSettings):
             yield from _idle_weights(made, name, settings)
     if output.prefix and not output.component:
@@ -44,6 +45,15 @@ def idle_words(made: Making, places: Iterable[Place]) -> Iterator[str]:
             f"output.adjust.{field} does nothing: no tensor that it changes is in the result"
             f"{_left_out(made)}; leave it out"
         )
+
+
+def _idle_elements(made: Making, name: str, settings: Settings) -> Iterator[str]:
+    """Words for elements in rules that no tensor of any model has in its name."""
+    keys = {key for i in made.inputs for key in i.places} if settings.rules else ()
+    for rule, word in weights.idle_words(settings.rules, keys):
+        near = " or ".join(weights.words_like(word, keys))
+        hint = f"did you mean {near}?" if near else "check its element names"
+        yield f"steps.{name}.rules: {rule}: no tensor of {made.short} has {word!r}: {hint}"
 
 
 def _idle_weights(made: Making, name: str, settings: Settings) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,6 +34,7 @@ class Settings:
     ) -> None:
         self.name = name
         self.step = step
+        self.view = view
         self.method: Method = get_method(step.method)
         self.where = f"steps.{name}"
         self.rules = weights.parse_rules(step.rules, field=f"{self.where}.rules")
@@ -108,15 +109,38 @@ class Settings:
         return list(value)
 
     def at(self, resolved: weights.Resolved, place: Place) -> float:
+        name = self._source(resolved, place)
+        value = {**resolved.parts, **resolved.blocks}.get(name, resolved.base)
+        assert value is not None
+        return value
+
+    def _source(self, resolved: weights.Resolved, place: Place) -> str:
+        """The name that `place` has its number from."""
         for table, name in (
             (resolved.parts, place.part),
             (resolved.blocks, place.block),
             (resolved.parts, place.block),
         ):
             if name in table:
-                return table[name]
-        assert resolved.base is not None
-        return resolved.base
+                return name
+        return "BASE"
+
+    def unheard(self, places: Sequence[Place], ruled: Mapping[int, float]) -> list[str]:
+        """Fields of the ruled weight by which no tensor goes: rules say another number of each.
+
+        `ruled` are the numbers by rule, by the number of the tensor's place. "" is all of it.
+        """
+        resolved = self.resolved[self.ruled]
+        heard = {self._source(resolved, places[i]) for i in range(len(places)) if i not in ruled}
+        unheard = set[str]()
+        for i, ratio in ruled.items():
+            name, value = self._source(resolved, places[i]), self.at(resolved, places[i])
+            (heard if ratio == value else unheard).add(name)
+        if not heard:
+            return [""]
+        weight = weights.from_toml(self.step.params.get(self.ruled, 0.0), field=self.where)
+        said = weights.entries(weight, self.view.blocks, self.view.names)
+        return [text for text, names in said.items() if unheard & {*names} and not heard & {*names}]
 
     def params(self, place: Place, key: str, models: tuple[int, ...]) -> dict[str, Any]:
         """The method's keyword arguments at one key."""
