@@ -347,9 +347,7 @@ def test_json_that_says_a_key_twice_is_refused(tmp_path, pattern, key):
         lambda: recipe.from_json(twice),
         lambda: recipe.load(tmp_path / "r.json"),
         lambda: recipe.from_metadata({recipe.METADATA_KEY: twice}, "x"),
-        lambda: with_setting(
-            recipe.from_json(text), "steps.s.alpha", f"{{{pattern},{pattern}}}"
-        ),
+        lambda: with_setting(recipe.from_json(text), "steps.s.alpha", f"{{{pattern},{pattern}}}"),
     ):
         with pytest.raises(Refusal, match=f"key '{key}' occurs twice"):
             read()

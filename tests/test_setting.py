@@ -1,6 +1,7 @@
 """`--set` and `Session.set`: the last set wins, however the weight is written."""
 
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -245,6 +246,6 @@ def test_an_element_need_not_be_in_the_blocks_of_its_rule(folder):
 def test_an_element_that_no_tensor_has_is_told_of_a_result_made_before(folder):
     found = recipe.to_dict(made(0.5, ["IN04:attn2 typo:0.9"], files=folder / "{}.safetensors"))
     for name, model in found["models"].items():
-        found["models"][name] = {"file": model, "sha256": hashes.sha256(model)}
+        found["models"][name] = {"file": model, "sha256": hashes.sha256(Path(model))}
     with plan.build(recipe.from_dict(found)) as planned:
         assert any("no tensor of SD1 has 'typo'" in note for note in planned.notes)
