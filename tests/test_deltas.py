@@ -112,6 +112,23 @@ def test_a_model_mixed_with_a_difference_is_what_it_was_before():
     assert told(d.subtract(A))
 
 
+@pytest.mark.parametrize("inputs", [(A,), (A, B, C), (A, B, C, A)])
+@pytest.mark.parametrize("name", ["sum", "scale", "add_difference", "task_arithmetic"])
+def test_wrong_numbers_of_models_are_refused_by_name(name, inputs):
+    """Of a difference, too: what it gives is asked before the recipe is."""
+    d = B - C
+    plain, odd = (_refusal(name, first, *inputs) for first in (A, d))
+    assert odd == plain
+
+
+def _refusal(name, *inputs):
+    try:
+        step(name, *inputs)
+    except Refusal as e:
+        return str(e)
+    return ""
+
+
 # --- merges ---------------------------------------------------------------------------------------
 
 
@@ -230,6 +247,7 @@ LACKING = {  # what a, b and c are times at the tensor that bless and cless lack
     ),
     "average": (lambda a, b, c, d: a.sum(step("n_average", d, b - c)), (1, 0.5, -0.5)),
     "less": (lambda a, b, c, d: a.sum(step("subtract", d, b - c)), (1, -1, 1)),
+    "plus": (lambda a, b, c, d: a + 2 * step("subtract", b - c, d), (1, 2, -2)),
     "scale": (lambda a, b, c, d: a.sum(d.scale(scale=2.0)), (1, 0, 0)),
     "model less": (lambda a, b, c, d: a.subtract(d), (1, 0, 0)),
 }

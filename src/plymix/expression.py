@@ -449,7 +449,8 @@ def _onto(x: Expression, delta: Expression) -> Expression:
     """A model plus a difference."""
     for part, n in _added(delta).items():
         assert isinstance(part, Merge)
-        if not part.rules and part.method == "subtract":
+        of_models = part.method == "subtract" and not any(map(_is_delta, part.used))
+        if of_models and not part.rules:
             alpha = n * part.settings.get("scale", 1.0)
             x = merge_method("add_difference", x, *part.inputs, alpha=alpha)
         else:

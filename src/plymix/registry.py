@@ -156,22 +156,30 @@ class Method:
         """Whether the result is a difference between models, to be added to one by a later step.
 
         `given` says of each input whether it is a difference; None is one left out. Of differences
-        alone every method makes another. A model less a difference is a model, and a difference
-        plus a difference of models is none, which a linear method's own sum of weights tells.
+        alone every method makes another. A model less a difference is a model. What a linear method
+        makes of a difference and of models that cancel out, as in D + alpha (B - C), is one.
         """
         models = given[: len(self.inputs)] if self.adapters else given
         said = [one for one in models if one is not None]
         if said and all(said):
             return True
         if self.kind == "linear" and any(said):
-            return bool(said[0]) and (self.delta or self._cancels(said))
+            return bool(said[0]) and (self.delta or self._cancels(models))
         return self.delta
 
-    def _cancels(self, given: Sequence[bool]) -> bool:
-        """Whether a linear method gives the models among its inputs weights whose sum is 0."""
+    def _cancels(self, given: Sequence[bool | None]) -> bool:
+        """Whether the models (1 each) that a linear method is given cancel out at its defaults.
+
+        A wrong number of inputs is the recipe's to refuse.
+        """
+        least, most = len(self.inputs) - self.optional, len(self.inputs)
         settings = {p.name: p.default for p in self.params}
         settings |= {name: "" for name in self.given if name == "key"}
-        return bool(self.function(*(0.0 if one else 1.0 for one in given), **settings) == 0)
+        wrong = len(given) < least or (len(given) > most and not self.variadic)
+        if wrong or any(p.required for p in self.params):
+            return False
+        values = [None if one is None else 0.0 if one else 1.0 for one in given]
+        return bool(self.function(*values, **settings) == 0)
 
 
 _METHODS: dict[str, Method] = {}

@@ -446,9 +446,8 @@ class Making(Opening):
         """`present` with a 0 for each difference that lacks the tensor, and what else is lost."""
         zeros = [i for i in lost if names[i] in self.differences]
         if zeros:
-            self._lack(
-                f"0 in a difference: not in {listed(self._called(names[i]) for i in zeros)}", key
-            )
+            lacking = listed(self._called(names[i]) for i in zeros)
+            self._lack(f"counted as 0 in a difference: not in {lacking}", key)
         zero = _zero(present[0][1])
         present = sorted([*present, *((i, zero) for i in zeros)], key=lambda one: one[0])
         return present, [i for i in lost if i not in zeros]
