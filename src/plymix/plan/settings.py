@@ -109,21 +109,20 @@ class Settings:
         return list(value)
 
     def at(self, resolved: weights.Resolved, place: Place) -> float:
-        name = self._source(resolved, place)
-        value = {**resolved.parts, **resolved.blocks}.get(name, resolved.base)
-        assert value is not None
+        _, value = self._source(resolved, place)
         return value
 
-    def _source(self, resolved: weights.Resolved, place: Place) -> str:
-        """The name that `place` has its number from."""
+    def _source(self, resolved: weights.Resolved, place: Place) -> tuple[str, float]:
+        """The name that `place` has its number from, and the number."""
         for table, name in (
             (resolved.parts, place.part),
             (resolved.blocks, place.block),
             (resolved.parts, place.block),
         ):
             if name in table:
-                return name
-        return "BASE"
+                return name, table[name]
+        assert resolved.base is not None
+        return "BASE", resolved.base
 
     def unheard(self, places: Sequence[Place], ruled: Mapping[int, float]) -> list[str]:
         """Fields of the ruled weight by which no tensor goes: rules say another number of each.
@@ -131,11 +130,10 @@ class Settings:
         `ruled` are the numbers by rule, by the number of the tensor's place. "" is all of it.
         """
         resolved = self.resolved[self.ruled]
-        heard = {self._source(resolved, places[i]) for i in range(len(places)) if i not in ruled}
-        unheard = set[str]()
-        for i, ratio in ruled.items():
-            name, value = self._source(resolved, places[i]), self.at(resolved, places[i])
-            (heard if ratio == value else unheard).add(name)
+        heard, unheard = set[str](), set[str]()
+        for i, place in enumerate(places):
+            name, value = self._source(resolved, place)
+            (heard if ruled.get(i, value) == value else unheard).add(name)
         if not heard:
             return [""]
         weight = weights.from_toml(self.step.params.get(self.ruled, 0.0), field=self.where)
