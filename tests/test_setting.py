@@ -152,6 +152,10 @@ def test_what_a_set_cannot_say():
     for value in ("[1, 2]", "GRAD_V", "true"):
         with pytest.raises(Refusal, match="not a number"):
             with_setting(made("GRAD_V"), "steps.m.alpha.IN05", value)
+    for name in ("", " ", "NOT IN05", "IN05:attn2", "IN05,IN06"):
+        for alpha in (0.5, "GRAD_V"):
+            with pytest.raises(Refusal, match="is not the name of a block"):
+                with_setting(made(alpha), f"steps.m.alpha.{name}", "0.5")
     with pytest.raises(Refusal, match=r"steps\.m\.alpha\.IN05 is not a table"):
         with_setting(found, "steps.m.alpha.IN05.x", "1")
 

@@ -116,6 +116,10 @@ def _set_block(
     if not isinstance(weights.from_toml(value, field=path), float):
         raise Refusal(f"--set {path}: {value!r} is not a number")
     words = tuple(name.split())
+    if not words or words[0].upper() == "NOT" or {*name} & {*":,"}:
+        raise Refusal(
+            f"--set {path}: {name!r} is not the name of a block, such as IN05 or IN00-IN05"
+        )
     same = name
     crossed = _is_form(blocks)
     for entry in () if crossed else list(blocks):
