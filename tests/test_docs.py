@@ -5,6 +5,7 @@ that holds small models under the names the page uses. A comment on the line bef
 otherwise:
 
     <!-- not run -->            the block is for the eye only
+    <!-- drawn -->              its pictures are drawn by the backend "fake", where Pillow is there
     <!-- file: recipe.toml -->  the block is the content of that file
     <!-- install -->            the files so far are a package, which is installed here
 
@@ -14,6 +15,8 @@ whose exit code is not 0 says so: `# exit code 2`.
 """
 
 import contextlib
+import glob
+import importlib.util
 import io
 import os
 import re
@@ -58,6 +61,8 @@ MODELS = {
     "a": {"seed": 1},
     "b": {"seed": 2},
     "c": {"seed": 3},
+    "A": {"seed": 1},
+    "B": {"seed": 2},
     "model1": {"seed": 1},
     "model2": {"seed": 2},
     "base": {"seed": 3},
@@ -143,7 +148,7 @@ def lora_file(path, seed):
 
 
 class Block(NamedTuple):
-    mark: str  # "", "not run" or "file: NAME"
+    mark: str  # "", "not run", "drawn", "install" or "file: NAME"
     language: str
     text: str
     line: int
@@ -172,7 +177,7 @@ class Shell:
         self.packages = None
         self.names = {"__name__": "__main__"}
 
-    def sh(self, text):
+    def sh(self, text, *more):
         printed = ""
         for line in text.replace("\\\n", " ").splitlines():
             words, expected = shlex.split(line, comments=True), 0
@@ -183,6 +188,9 @@ class Shell:
             assert words[0] in ("plymix", "merge_block_weighted"), f"mark it as not run: {line}"
             into = words[-1] if words[-2:-1] == [">"] else ""
             words = words[:-2] if into else words
+            words = [found for word in words for found in glob.glob(word) or [word]]
+            if more and "--redo" not in words:
+                words += more if "--size" in words else (*more, "--size", "64x64")
             code, out, err = self.call(words)
             assert code == expected, f"{line}\nexit code {code}\n{out}{err}"
             if into:
@@ -237,6 +245,9 @@ class Shell:
                     path.write_text(block.text, encoding="utf-8")
                 elif block.mark == "install":
                     self.install()
+                elif block.mark == "drawn":
+                    if importlib.util.find_spec("PIL"):
+                        self.sh(block.text, "--backend", "fake")
                 elif block.mark:
                     assert block.mark == "not run", f"unknown mark {block.mark!r}"
                 elif block.language == "sh":
