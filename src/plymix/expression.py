@@ -33,7 +33,7 @@ from plymix import urls
 from plymix.errors import Refusal, unknown
 from plymix.recipe import Model, Recipe
 from plymix.registry import Method, Param, get_method, methods
-from plymix.weights import Blocks, Curve
+from plymix.weights import Blocks, Curve, finite
 from plymix.weights import to_json as weight_to_json
 
 NEARLY = 1e-12
@@ -174,7 +174,7 @@ class Expression:
     def __mul__(self, factor: object) -> Expression:
         if not _is_number(factor):
             return NotImplemented
-        number = _finite(factor, "the factor of a model")
+        number = finite(factor, "the factor of a model")
         return _each(self, lambda c: c * number)
 
     __rmul__ = __mul__
@@ -182,7 +182,7 @@ class Expression:
     def __truediv__(self, divisor: object) -> Expression:
         if not _is_number(divisor):
             return NotImplemented
-        number = _finite(divisor, "the divisor of a model")
+        number = finite(divisor, "the divisor of a model")
         if number == 0:
             raise Refusal(f"{self!r} cannot be divided by 0")
         return _each(self, lambda c: c / number)
@@ -343,7 +343,7 @@ def _plain(value: Any, where: str, param: Param | None) -> Any:
     if isinstance(value, (bool, str)):
         return value
     if isinstance(value, Real):
-        number = _finite(value, where)
+        number = finite(value, where)
         if isinstance(value, int) and (param is None or param.type is int):
             return value
         return number
@@ -354,17 +354,6 @@ def _plain(value: Any, where: str, param: Param | None) -> Any:
     if hasattr(value, "tolist"):
         return _plain(value.tolist(), where, param)
     raise Refusal(f"{where} is {value!r}, not a number, a text, a list or a table")
-
-
-def _finite(value: Any, where: str) -> float:
-    """A real number as a float. Raises Refusal where it is none that is finite."""
-    try:
-        number = float(value)
-    except OverflowError:
-        raise Refusal(f"{where} is too large a number") from None
-    if not math.isfinite(number):
-        raise Refusal(f"{where} is {number}, not a finite number")
-    return number
 
 
 def _signature(method: Method) -> inspect.Signature:

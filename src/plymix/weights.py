@@ -219,6 +219,11 @@ def _number(value: object, where: str) -> float:
         raise Refusal(f"{where} is {value!r}, {NO_RANDOM}; give a number")
     if isinstance(value, bool) or not isinstance(value, Real):
         raise Refusal(f"{where} is {value!r}, not a number")
+    return finite(value, where)
+
+
+def finite(value: Any, where: str) -> float:
+    """A real number as a float. Raises Refusal where it is none that is finite."""
     try:
         number = float(value)
     except OverflowError:
