@@ -98,6 +98,9 @@ def test_a_recipe_as_the_start(pair):
     found = rows.made(("0.25", "IN01=1", "steps.mix.alpha=0.75", "vae=b"), models)
     assert found.steps["mix"].params == {"alpha": 0.75}
     assert (found.steps["mix"].rules, found.output.vae) == (("IN01::1",), "b")
+    deep = "steps.mix.alpha.IN01=0.9"  # of the same block: the later word wins
+    for words, rules in ((("IN01=1", deep), "IN01::0.9"), ((deep, "IN01=1"), "IN01::1")):
+        assert rows.made(("0.25", *words), models).steps["mix"].rules[-1] == rules
 
 
 @pytest.mark.parametrize(

@@ -68,8 +68,10 @@ def label(row: str, models: Models) -> str:
 
 
 def made(words: Sequence[str], models: Models) -> Recipe:
-    """The recipe of a row. Later words win over earlier ones. Raises Refusal."""
-    weight, said, blocks, paths = "", dict[str, str](), list[str](), dict[str, str]()
+    """The recipe of a row. Later words win over earlier ones; what is said of blocks holds beside
+    what is said of all. Raises Refusal.
+    """
+    weight, said, blocks, paths = "", dict[str, str](), dict[str, str](), dict[str, str]()
     for word in words:
         key, equals, value = word.partition("=")
         if not equals:
@@ -78,23 +80,28 @@ def made(words: Sequence[str], models: Models) -> Recipe:
             if weight in ASIS and models.start is None:
                 raise Refusal(f"{weight} is a model as it is, without alpha={value}; leave out one")
             weight = value
-        elif "." in key:
+        elif key.count(".") in (1, 2):  # output.vae, steps.mix.alpha; no steps.mix.alpha.IN05
             paths[key] = value
-        elif _BLOCKS.match(key):
-            blocks.append(f"{key}{':' if ':' in key else '::'}{value}")
+        elif "." in key or _BLOCKS.match(key):
+            blocks.pop(key, None)
+            blocks[key] = value
         else:
             said[key] = value
     if models.start is None:
         found = _of_two(weight, said, blocks, models)
     else:
         found = _of_recipe(models.start, weight, said)
-    found = _with_blocks(found, blocks, words)
-    for path, value in paths.items():
-        found = with_setting(found, path, value)
+    for key, value in (paths | blocks).items():
+        if "." in key:
+            found = with_setting(found, key, value)
+        else:
+            found = _with_rule(found, f"{key}{':' if ':' in key else '::'}{value}", words)
     return found
 
 
-def _of_two(weight: str, said: Mapping[str, str], blocks: Sequence[str], models: Models) -> Recipe:
+def _of_two(
+    weight: str, said: Mapping[str, str], blocks: Mapping[str, str], models: Models
+) -> Recipe:
     if weight.upper() in ASIS:
         name = weight.lower()
         if not said and not blocks:
@@ -144,13 +151,10 @@ def _of_recipe(start: Recipe, weight: str, said: Mapping[str, str]) -> Recipe:
     return found
 
 
-def _with_blocks(found: Recipe, blocks: Sequence[str], words: Sequence[str]) -> Recipe:
-    if not blocks:
-        return found
+def _with_rule(found: Recipe, rule: str, words: Sequence[str]) -> Recipe:
     if found.final not in found.steps:
         raise Refusal(f"{' '.join(words)}: blocks have weights in a merge, and this is none")
-    rules = [*found.steps[found.final].rules, *blocks]
-    return _changed(found, found.final, {"rules": rules})
+    return _changed(found, found.final, {"rules": [*found.steps[found.final].rules, rule]})
 
 
 def _changed(found: Recipe, step: str, fields: Mapping[str, Any]) -> Recipe:
