@@ -140,7 +140,7 @@ def test_the_cache_keeps_the_last_ones(tmp_path, cache, monkeypatch):
         hashes.sha256(path)
     known = [hashes.known_sha256(path) for path in paths]
     assert known == [None, None, *(hashlib.sha256(b"x" * i).hexdigest() for i in (2, 3, 4))]
-    hashes._remember(hashes._identity(paths[2]), known[2])  # the last one now
+    hashes._remember(hashes.identity(paths[2]), known[2])  # the last one now
     hashes.sha256(paths[0])
     known = [hashes.known_sha256(path) is not None for path in paths]
     assert known == [True, False, True, False, True]

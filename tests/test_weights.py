@@ -30,7 +30,7 @@ from plymix.weights import (
     Rule,
     apply_rules,
     from_toml,
-    idle_rules,
+    hits,
     load_preset_file,
     overridden,
     parse,
@@ -755,6 +755,10 @@ def test_rules_are_read():
 def test_the_last_matching_rule_wins(block, key, expected):
     rules = parse_rules("OUT03-IN05:attn2:0.2,in05-out03:attn2:0.3,NOT OUT09-OUT11:ff:0,VAE::0.7")
     assert apply_rules(rules, block, key, 0.9, SD1_BLOCKS) == expected
+
+
+def idle_rules(rules, rows, blocks):
+    return tuple(r for r, at in zip(rules, hits(rules, rows, blocks), strict=True) if not at)
 
 
 def test_rules_that_match_nothing_are_found():

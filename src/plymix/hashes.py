@@ -31,7 +31,8 @@ KEPT = 1000
 _lock = threading.Lock()
 
 
-def _identity(path: Path) -> str:
+def identity(path: Path) -> str:
+    """What tells one content of a file from another, as far as the system or server says it."""
     if urls.is_url(path):
         with _opened(path) as file:
             return f"{urls.text(path)}|{file.version}"
@@ -50,7 +51,7 @@ def _load() -> dict[str, str]:
 
 def known_sha256(path: Path) -> str | None:
     """The SHA-256 of `path` if it was computed before and the file has not changed since."""
-    value = _load().get(_identity(path))
+    value = _load().get(identity(path))
     return value if isinstance(value, str) and len(value) == 64 else None
 
 
@@ -61,9 +62,9 @@ def sha256(path: Path, stopped: Callable[[], bool] = lambda: False) -> str:
     """
     if found := known_sha256(path) or _stated(path):
         return found
-    before = _identity(path)
+    before = identity(path)
     value = _digest(path, 0, None, stopped)
-    if _identity(path) == before:
+    if identity(path) == before:
         _remember(before, value)
     return value
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from plymix import api, engine, kernels, outputs, urls
+from plymix import api, engine, hashes, kernels, outputs, urls
 from plymix import plan as planning
 from plymix.engine import ProgressCallback
 from plymix.engine.worker import prepare
@@ -49,7 +49,7 @@ class Session:
         self._progress = progress
         self._open: dict[Path, Source] = {}
         self._found: dict[Model, Path] = {}  # those that the recipe knows the content of
-        self._written: tuple[Path, tuple[int, ...], Plan] | None = None
+        self._written: tuple[str, Plan] | None = None  # the file's identity, what was made
         self.changed: tuple[str, ...] = ()
         try:
             self.plan = self._build(_whole(recipe))
@@ -103,14 +103,14 @@ class Session:
         if any(path.exists() and path.samefile(known) for known in local):
             raise Refusal(f"{path} is an input of this session; choose another name")
         last = self._written
-        if last is not None and path.is_file() and last[:2] == (path.resolve(), _stamp(path)):
+        if last is not None and path.is_file() and last[0] == hashes.identity(path):
             with open_model(path) as source:
-                made = (source, last[2])
+                made = (source, last[1])
                 result = api.run(self.plan, path, threads=threads, progress=progress, made=made)
         else:
             result = api.run(self.plan, path, threads=threads, progress=progress)
         # Shards and folders are made whole each time.
-        self._written = (path.resolve(), _stamp(path), self.plan) if path.is_file() else None
+        self._written = (hashes.identity(path), self.plan) if path.is_file() else None
         return result
 
     def _build(self, recipe: Recipe) -> Plan:
@@ -154,8 +154,3 @@ def _plain(value: Any) -> Any:
     if not hasattr(value, "tolist"):
         raise Refusal(f"{value!r} is no value of a recipe: give numbers, texts, lists or dicts")
     return value.tolist()
-
-
-def _stamp(path: Path) -> tuple[int, ...]:
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from plymix.engine import Progress, ProgressCallback
+from plymix.engine import ProgressCallback, goes_on
 from plymix.errors import Cancelled
 from plymix.plan import available_cpus
 
@@ -45,7 +45,7 @@ def sweep(
                 if progress is None or (now - told < EVERY and done < total):
                     continue
                 told = now
-                if progress(Progress(phase, done, total, now - began)) is False:
+                if not goes_on(progress, phase, done, total, began):
                     raise Cancelled(f"stopped while {phase}")
         except BaseException:
             stop.set()

@@ -914,14 +914,6 @@ def apply_rules(
     return value
 
 
-def idle_rules(
-    rules: Iterable[Rule], keys: Iterable[tuple[str, ...]], blocks: tuple[str, ...]
-) -> tuple[Rule, ...]:
-    """The rules that match none of the (block, key) or (block, key, part) rows."""
-    rules = tuple(rules)
-    return tuple(r for r, at in zip(rules, hits(rules, keys, blocks), strict=True) if not at)
-
-
 def hits(
     rules: Iterable[Rule], keys: Iterable[tuple[str, ...]], blocks: tuple[str, ...]
 ) -> list[set[int]]:

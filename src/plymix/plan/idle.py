@@ -58,13 +58,15 @@ def _idle_elements(made: Making, name: str, settings: Settings) -> Iterator[str]
 
 def _idle_weights(made: Making, name: str, settings: Settings) -> Iterator[str]:
     """Weights of blocks, and `base`, where all that they are for is taken whole from a model."""
-    output, there = made.recipe.output, made.merged_places().values()
-    labels = {i.name: i.label for i in made.inputs}
+    output, labels = made.recipe.output, {i.name: i.label for i in made.inputs}
     taken = {
         field: f"output.{field} = {labels[getattr(output, field)]}"
         for field in ("unet", "text_encoder", "text_encoder_2")
         if getattr(output, field)
     }
+    if not taken:
+        return
+    there = made.merged_places().values()
     encoders = [said for field, said in taken.items() if field != "unet"]
     for param, value, found in _weights(settings):
         weight = weights.from_toml(value, field=param)
